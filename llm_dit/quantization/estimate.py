@@ -1,0 +1,73 @@
+"""Exact weight bytes of a quantized component, from its meta model: nothing is read, nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .filters import Layer, decide_layers
+from .methods import check_component_type, check_granularity, get_method
+from .sizes import tensor_bytes
+from .tensors.stream import quantize_weight
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Weight bytes of one component under one method.
+
+    Attributes:
+        method: the method.
+        bytes_before: bytes of the weights in 16 bits (`dtype`), unquantized.
+        bytes_after: bytes that will be held, scales and what stays unquantized included.
+        quantized_layers, total_layers: counts of layers.
+    """
+
+    method: str
+    bytes_before: int
+    bytes_after: int
+    quantized_layers: int
+    total_layers: int
+
+
+def estimate_memory(
+    model: nn.Module,
+    method: str,
+    component_type: str,
+    granularity: str = "per-row",
+    skip_patterns: Sequence[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryEstimate:
+    """The weight bytes that `model` will hold under `method`.
+
+    The same decisions and the same quantizers as in a real load run on meta tensors, so the figure is exact by
+    construction. Activations are not in it.
+
+    Args:
+        model: the component, best on the meta device (`with torch.device("meta")`); it is not changed.
+        dtype: what floating-point parameters are loaded in.
+        method, component_type, granularity, skip_patterns: as in `quantize_component`.
+    """
+    row = get_method(method)
+    layers = decide_layers(
+        model, row, check_component_type(component_type), check_granularity(granularity), skip_patterns
+    )
+    quantized = {id(layer.module.weight): layer for layer in layers if layer.config is not None}
+    sizes: dict[tuple[torch.Size, str], int] = {}
+    before = after = sum(map(tensor_bytes, model.buffers()))
+    for parameter in model.parameters():
+        size = parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
+        before += size
+        after += _quantized_bytes(quantized[id(parameter)], dtype, sizes) if id(parameter) in quantized else size
+    return MemoryEstimate(row.name, before, after, len(quantized), len(layers))
+
+
+def _quantized_bytes(layer: Layer, dtype: torch.dtype, sizes: dict[tuple[torch.Size, str], int]) -> int:
+    assert layer.config is not None
+    key = (layer.module.weight.shape, repr(layer.config))
+    if key not in sizes:
+        weight = torch.empty(key[0], dtype=dtype, device="meta")
+        sizes[key] = tensor_bytes(quantize_weight(weight, layer.config))
+    return sizes[key]

@@ -1,0 +1,75 @@
+"""What the card can do, and which method suits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .methods import Method
+
+FP8_CAPABILITY = (8, 9)
+"""Ada (RTX 40, L4) and Hopper were the first with fp8 tensor cores; `torch._scaled_mm` asks for the same."""
+BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        name: as the driver names it, or "CPU".
+        capability: CUDA compute capability, or None without CUDA.
+        memory_bytes: memory of the card, 0 without CUDA.
+    """
+
+    name: str
+    capability: tuple[int, int] | None
+    memory_bytes: int
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.capability is not None and self.capability >= FP8_CAPABILITY
+
+
+def detect_hardware() -> Hardware:
+    """The current CUDA device, or the CPU."""
+    if not torch.cuda.is_available():
+        return Hardware("CPU", None, 0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Hardware(properties.name, (properties.major, properties.minor), properties.total_memory)
+
+
+def check_fp8_support() -> bool:
+    """True if the current CUDA device has fp8 tensor cores (capability >= 8.9); False without CUDA."""
+    return detect_hardware().has_fp8
+
+
+def get_recommended_method() -> str:
+    """`fp8-dynamic` on a CUDA device of capability >= 8.9, else `int8`."""
+    return "fp8-dynamic" if check_fp8_support() else "int8"
+
+
+def require_support(method: Method, granularity: str = "per-row", dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError if the current device cannot run `method`, naming the one to use instead.
+
+    Without CUDA every method runs: slowly, and for tests.
+
+    Args:
+        dtype: the dtype of the weights, where it is known.
+    """
+    hardware = detect_hardware()
+    if hardware.capability is None or not method.fp8:
+        return
+    if not hardware.has_fp8:
+        major, minor = hardware.capability
+        raise ValueError(
+            f"{method.name} needs a CUDA device of compute capability 8.9 or newer, and {hardware.name} has "
+            f"{major}.{minor}: use {get_recommended_method()!r} instead"
+        )
+    half = dtype is not None and dtype != torch.bfloat16
+    if method.name == "fp8-dynamic" and granularity == "per-row" and half:
+        raise ValueError(
+            f"fp8-dynamic with per-row scales computes in bfloat16 on CUDA, and the weights are {dtype}: load with "
+            "torch_dtype=torch.bfloat16, or use granularity 'per-tensor'"
+        )

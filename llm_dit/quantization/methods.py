@@ -1,0 +1,155 @@
+"""The quantization methods: one row each, and nothing about a method stands anywhere else.
+
+A method says which torchao configuration quantizes a layer (ours, which works in chunks of rows and cannot produce NaN),
+which stock configuration describes the result to plain diffusers and transformers, and which layers it cannot take.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    PerRow,
+    PerTensor,
+)
+
+from .tensors.float8 import ZERO_ROW_BOUND, Float8StreamConfig
+from .tensors.int4 import GROUP_SIZE, Int4GroupConfig
+from .tensors.int8 import Int8StreamConfig
+
+Granularity = Literal["per-row", "per-tensor"]
+ComponentType = Literal["encoder", "transformer", "vae"]
+
+GRANULARITIES: Final = ("per-row", "per-tensor")
+COMPONENT_TYPES: Final = ("encoder", "transformer", "vae")
+_TORCHAO_GRANULARITY: Final = {"per-row": PerRow, "per-tensor": PerTensor}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One quantization method.
+
+    Attributes:
+        name: the string users write.
+        summary: what it does, in a few words.
+        bytes_per_weight: storage of one quantized weight, scales excluded.
+        make_config: from a granularity, the torchao configuration that our handlers take; None leaves the model as it is.
+        make_stock_config: from a granularity, the stock torchao configuration that a saved folder records, or None
+            where torchao has no stock tensor for the layout.
+        fp8: True where the weights are float8, which wants compute capability 8.9 on CUDA.
+        dims_multiple_of: both dimensions of a Linear must be divisible by this.
+        in_features_multiple_of: in_features of a Linear must be divisible by this.
+        compile_note: what `torch.compile` users should know, or "".
+    """
+
+    name: str
+    summary: str
+    bytes_per_weight: float
+    make_config: Callable[[str], AOBaseConfig] | None = None
+    make_stock_config: Callable[[str], AOBaseConfig] | None = None
+    fp8: bool = False
+    dims_multiple_of: int = 1
+    in_features_multiple_of: int = 1
+    compile_note: str = ""
+
+
+_ROWS: Final = (
+    Method("none", "bf16, nothing is quantized", 2),
+    Method(
+        "fp8-dynamic",
+        "fp8 weights and activations, multiplied on the tensor cores",
+        1,
+        make_config=lambda granularity: Float8StreamConfig(granularity=granularity, dynamic=True),
+        make_stock_config=lambda granularity: Float8DynamicActivationFloat8WeightConfig(
+            granularity=_TORCHAO_GRANULARITY[granularity](),
+            activation_value_lb=ZERO_ROW_BOUND,
+            set_inductor_config=False,
+        ),
+        fp8=True,
+        dims_multiple_of=16,
+        compile_note="fp8-dynamic uses autotune, which is incompatible with reduce-overhead",
+    ),
+    Method(
+        "fp8-weight-only",
+        "fp8 weights, 16-bit compute",
+        1,
+        make_config=lambda granularity: Float8StreamConfig(granularity=granularity, dynamic=False),
+        make_stock_config=lambda granularity: Float8WeightOnlyConfig(
+            granularity=_TORCHAO_GRANULARITY[granularity](), set_inductor_config=False
+        ),
+        fp8=True,
+        dims_multiple_of=16,
+    ),
+    Method(
+        "int8",
+        "int8 weights, 16-bit compute, any device",
+        1,
+        make_config=lambda granularity: Int8StreamConfig(),
+        make_stock_config=lambda granularity: Int8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
+    ),
+    Method(
+        "int4",
+        f"int4 weights in asymmetric groups of {GROUP_SIZE}, 16-bit compute, most compression",
+        0.5,
+        make_config=lambda granularity: Int4GroupConfig(),
+        in_features_multiple_of=GROUP_SIZE,
+    ),
+)
+
+METHODS: Final[Mapping[str, Method]] = {method.name: method for method in _ROWS}
+VALID_METHODS: Final = tuple(METHODS)
+ALIASES: Final[Mapping[str, str]] = {"fp8": "fp8-dynamic"}
+REMOVED_METHODS: Final[Mapping[str, str]] = {
+    "4bit": "int4",
+    "8bit": "int8",
+    "diffsynth-fp8": "fp8-dynamic",
+    "fp8-filtered": "fp8-weight-only",
+}
+
+
+def nearest(value: object, valid: tuple[str, ...] | list[str]) -> str:
+    """`did you mean …?` for the nearest valid name, or the list of them: the tail of an error message."""
+    close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
+    listed = ", ".join(valid)
+    return f"did you mean {close[0]!r}? Valid: {listed}" if close else f"valid: {listed}"
+
+
+def get_method(name: str, where: str = "quantization method") -> Method:
+    """The row of `name`, aliases resolved.
+
+    Args:
+        name: one of `VALID_METHODS`, or an alias.
+        where: what the error names as the place of a wrong value.
+
+    Raises:
+        ValueError: for a removed name, with its replacement, or an unknown one, with the nearest valid one.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{where} must be one of {', '.join(VALID_METHODS)}, not {name!r}")
+    if name in REMOVED_METHODS:
+        raise ValueError(f"{where} {name!r} was removed: use {REMOVED_METHODS[name]!r} instead")
+    resolved = ALIASES.get(name, name)
+    if resolved not in METHODS:
+        raise ValueError(f"unknown {where} {name!r}: {nearest(name, VALID_METHODS)}")
+    return METHODS[resolved]
+
+
+def check_granularity(granularity: str, where: str = "granularity") -> str:
+    """Returns `granularity`; raises ValueError, naming `where` and the nearest valid one, if there is no such."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown {where} {granularity!r}: {nearest(granularity, GRANULARITIES)}")
+    return granularity
+
+
+def check_component_type(component_type: str) -> str:
+    """Returns `component_type`; raises ValueError, naming the nearest valid one, if there is no such."""
+    if component_type not in COMPONENT_TYPES:
+        raise ValueError(f"unknown component_type {component_type!r}: {nearest(component_type, COMPONENT_TYPES)}")
+    return component_type

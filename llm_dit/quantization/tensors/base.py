@@ -1,0 +1,65 @@
+"""What our own weight tensors share: they dequantize, then the ordinary operator runs in the dtype of the activation.
+
+A subclass lists its tensors and attributes as torchao's `TorchAOBaseTensor` asks, which gives it moving, copying, cloning,
+flattening for `torch.compile` and, registered with :func:`serializable`, safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torchao.prototype.safetensors import safetensors_utils
+from torchao.utils import TorchAOBaseTensor
+
+aten = torch.ops.aten
+T = TypeVar("T", bound="type[DequantizedWeight]")
+
+
+class DequantizedWeight(TorchAOBaseTensor):
+    """A weight that is dequantized for each use. Subclasses define `dequantize` and list their operators' positions."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in `dtype` (by default the one it was quantized from)."""
+        raise NotImplementedError
+
+
+def run_dequantized(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tensor:
+    """Calls `func(input, weight, ...)` with the weight dequantized to the dtype of the input."""
+    operands = list(args)
+    keywords = dict(kwargs or {})
+    activation = operands[0] if operands else keywords["input"]
+    if len(operands) > 1:
+        operands[1] = operands[1].dequantize(activation.dtype)
+    else:
+        keywords["weight"] = keywords["weight"].dequantize(activation.dtype)
+    return func(*operands, **keywords)
+
+
+def serializable(cls: T) -> T:
+    """Lets torchao's safetensors support and `torch.load(weights_only=True)` take `cls`.
+
+    torchao keeps two module-level tables for this and names appending to them as the way (docstring of
+    `TorchAOBaseTensor`, "Safetensors Support"); a registration function upstream would replace this one.
+    """
+    if cls.__name__ not in safetensors_utils.ALLOWED_CLASSES:
+        safetensors_utils.ALLOWED_CLASSES[cls.__name__] = cls
+        safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(cls.__name__)
+    torch.serialization.add_safe_globals([cls])
+    _implement_pinning(cls)
+    return cls
+
+
+def _implement_pinning(cls: type[DequantizedWeight]) -> None:
+    """Page-locked copies, which diffusers' group offloading with a stream asks for."""
+
+    @cls.implements(aten.is_pinned.default)
+    def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+        names, _ = args[0].__tensor_flatten__()
+        return all(getattr(args[0], name).is_pinned() for name in names)
+
+    @cls.implements(aten._pin_memory.default)
+    def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        return args[0]._apply_fn_to_data(lambda part: part.pin_memory())

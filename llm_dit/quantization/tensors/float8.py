@@ -1,0 +1,85 @@
+"""float8 (e4m3) weights as stock torchao `Float8Tensor`s that cannot turn a row of zeros into NaN.
+
+torchao 0.18 computes a scale as amax / 448 without a floor (pytorch/ao#4713): a row of zeros, in a weight or, with dynamic
+activations, in the zero-padded text of a prompt, becomes 0 / 0. `hp_value_lb` sets the floor, for weights and activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchao.core.config import AOBaseConfig
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization import Float8Tensor, PerRow, PerTensor
+from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+from .stream import register_weight_handler, require_finite, row_chunks
+
+ZERO_ROW_BOUND = 1e-12
+"""Floor of the absolute maximum behind a scale. torchao's own users settled on it; 1e-12 / 448 is a normal float32."""
+_HALF_BOUND = 2.0**-14
+"""The same floor in float16: its smallest normal number, because torchao clamps in the dtype of the input."""
+_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass
+class Float8StreamConfig(AOBaseConfig):
+    """float8 weights, quantized in chunks.
+
+    Attributes:
+        granularity: "per-row" (scale [N, 1]) or "per-tensor" (scale [1, 1]).
+        dynamic: quantize activations too, at each call, and multiply on the tensor cores.
+    """
+
+    granularity: str = "per-row"
+    dynamic: bool = False
+
+
+@register_weight_handler(Float8StreamConfig)
+def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
+    """[N, K] -> `Float8Tensor` with qdata [N, K] e4m3 and scale [N, 1] or [1, 1] float32."""
+    assert isinstance(config, Float8StreamConfig)
+    rows, columns = weight.shape
+    # torchao takes a scale [1, 1] over a 128 x 128 block for DeepSeek's blockwise layout, so that size gets row scales.
+    per_row = config.granularity == "per-row" or (rows, columns) == (128, 128)
+    qdata = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=target)
+    scale = torch.empty((rows if per_row else 1, 1), dtype=torch.float32, device=target)
+    tensor_scale = None if per_row else _tensor_scale(weight, compute)
+    for chunk in row_chunks(weight):
+        part = weight[chunk].to(compute)
+        if tensor_scale is not None:
+            qdata[chunk] = (part.float() / tensor_scale).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
+            continue
+        # float16 would round amax / 448 to a subnormal; bfloat16 and float32 go the way torchao goes, bit for bit.
+        part = part.float() if part.dtype == torch.float16 else part
+        quantized = Float8Tensor.from_hp(part, granularity=PerRow(), hp_value_lb=ZERO_ROW_BOUND)
+        qdata[chunk], scale[chunk] = quantized.qdata, quantized.scale
+    if tensor_scale is not None:
+        scale.copy_(tensor_scale)
+    require_finite(scale)
+    activation = None
+    if config.dynamic:
+        bound = _HALF_BOUND if weight.dtype == torch.float16 else ZERO_ROW_BOUND
+        activation = QuantizeTensorToFloat8Kwargs(
+            granularity=PerRow() if per_row else PerTensor(),
+            mm_config=Float8MMConfig(use_fast_accum=True),
+            hp_value_lb=bound,
+        )
+    return Float8Tensor(
+        qdata,
+        scale,
+        block_size=[1 if per_row else rows, columns],
+        mm_config=Float8MMConfig(use_fast_accum=True) if config.dynamic else None,
+        act_quant_kwargs=activation,
+        dtype=weight.dtype,
+    )
+
+
+def _tensor_scale(weight: Tensor, compute: torch.device) -> Tensor:
+    """Scale [1, 1] float32 of the whole weight, from the absolute maxima of its chunks."""
+    if weight.is_meta:
+        return torch.empty((1, 1), device="meta")
+    amax = torch.stack([weight[chunk].to(compute).abs().amax().float() for chunk in row_chunks(weight)]).amax()
+    return (amax.clamp(min=ZERO_ROW_BOUND) / _MAX).reshape(1, 1)

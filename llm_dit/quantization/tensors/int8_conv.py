@@ -1,0 +1,85 @@
+"""int8 convolution weights, one scale per output channel.
+
+torchao has no convolution that runs everywhere: its int8 tensors lack `aten.convolution`, its fp8 ones need a package and
+sm100. A tensor subclass, and not a module, holds the weight, because the causal convolutions of the video VAEs subclass
+`nn.Conv3d` with forwards of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.core.config import AOBaseConfig
+
+from .base import DequantizedWeight, aten, run_dequantized, serializable
+from .stream import register_weight_handler, require_finite
+
+_MAX = 127
+
+
+@dataclass
+class Int8ConvConfig(AOBaseConfig):
+    """int8 convolution weights, symmetric.
+
+    Attributes:
+        transposed: the weight is [C_in, C_out / groups, ...], as of `nn.ConvTranspose*`; else [C_out, C_in / groups, ...].
+    """
+
+    transposed: bool = False
+
+
+@serializable
+class Int8ConvTensor(DequantizedWeight):
+    """An int8 convolution weight: w = qdata * scale.
+
+    Tensor attributes:
+        qdata: int8, the shape of the weight.
+        scale: float32, 1 in every dimension but the output channels': [C_out, 1, ...] or, transposed, [1, C_out, 1, ...].
+
+    Non-tensor attributes:
+        dtype: dtype of the weight that was quantized.
+    """
+
+    tensor_data_names = ["qdata", "scale"]
+    tensor_attribute_names = ["dtype"]
+
+    def __new__(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Int8ConvTensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, qdata.shape, strides=qdata.stride(), device=qdata.device, dtype=dtype, requires_grad=False
+        )
+
+    def __init__(self, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.qdata = qdata
+        self.scale = scale
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in `dtype`; the product is rounded once, from float32."""
+        return (self.qdata * self.scale).to(dtype or self.dtype)
+
+
+@register_weight_handler(Int8ConvConfig)
+def quantize_int8_conv(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
+    """A convolution weight -> `Int8ConvTensor`; the largest of the video VAEs has 28 M weights, so it goes as a whole."""
+    assert isinstance(config, Int8ConvConfig)
+    channel = 1 if config.transposed else 0
+    others = [dim for dim in range(weight.ndim) if dim != channel]
+    values = weight.to(compute).float()
+    scale = values.abs().amax(dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).eps) / _MAX
+    qdata = (values / scale).round_().clamp_(-_MAX, _MAX).to(torch.int8)
+    scale = scale.to(target)
+    require_finite(scale)
+    return Int8ConvTensor(qdata.to(target), scale, weight.dtype)
+
+
+_FUNCTIONS = [F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]
+
+
+@Int8ConvTensor.implements([aten.convolution.default])
+@Int8ConvTensor.implements_torch_function(_FUNCTIONS)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return run_dequantized(func, args, kwargs)
