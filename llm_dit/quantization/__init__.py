@@ -6,14 +6,15 @@ Nothing here knows a pipeline. `llm_dit.backends` brings quantized weights into 
 
 from typing import Any, Final
 
-from .compile import COMPILE_MODES, get_quant_compile_warnings
+from ..names import BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES
+from .compile import get_quant_compile_warnings
 from .component import quantize_component, quantize_vae
 from .detect import quantized_by
 from .estimate import MemoryEstimate, estimate_memory
 from .filters import is_fp8_compatible_layer
 from .hardware import Hardware, check_fp8_support, detect_hardware, get_recommended_method
-from .methods import ALIASES, COMPONENT_TYPES, GRANULARITIES, METHODS, REMOVED_METHODS, VALID_METHODS, Method, get_method
-from .pipeline_config import BACKENDS, PipelineQuantConfig
+from .methods import ALIASES, METHODS, REMOVED_METHODS, VALID_METHODS, Method, get_method
+from .pipeline_config import PipelineQuantConfig
 from .report import ComponentReport, QuantizationReport
 from .sizes import model_bytes, tensor_bytes
 
@@ -47,16 +48,16 @@ __all__ = [
 ]
 
 _REMOVED: Final = {
-    "quantize_model_torchao": 'quantize_component(m, "fp8-dynamic", "transformer")',
-    "quantize_model_torchao_filtered": 'quantize_component(m, "fp8-weight-only", "transformer")',
-    "fp8_inference": 'nothing: it is built into quantize_component(m, "fp8-dynamic", "transformer")',
-    "enable_fp8_weights": 'nothing: it is built into quantize_component(m, "fp8-weight-only", "transformer")',
-    "create_fp8_filter_fn": "nothing: quantize_component filters automatically",
-    "analyze_fp8_compatibility": "is_fp8_compatible_layer",
+    "quantize_model_torchao": 'use quantize_component(m, "fp8-dynamic", "transformer")',
+    "quantize_model_torchao_filtered": 'use quantize_component(m, "fp8-weight-only", "transformer")',
+    "fp8_inference": 'it is built into quantize_component(m, "fp8-dynamic", "transformer")',
+    "enable_fp8_weights": 'it is built into quantize_component(m, "fp8-weight-only", "transformer")',
+    "create_fp8_filter_fn": "quantize_component filters automatically",
+    "analyze_fp8_compatibility": "use is_fp8_compatible_layer",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _REMOVED:
-        raise ImportError(f"llm_dit.quantization.{name} was removed: use {_REMOVED[name]}")
+        raise ImportError(f"llm_dit.quantization.{name} was removed: {_REMOVED[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

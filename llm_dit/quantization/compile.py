@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from .methods import get_method, nearest
-
-COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-def check_compile_mode(mode: str, where: str = "compile_mode") -> str:
-    """Returns `mode`; raises ValueError, naming `where` and the nearest valid one, if torch has no such mode."""
-    if mode not in COMPILE_MODES:
-        raise ValueError(f"unknown {where} {mode!r}: {nearest(mode, COMPILE_MODES)}")
-    return mode
+from ..names import COMPILE_MODES, check_name
+from .methods import get_method
 
 
 def get_quant_compile_warnings(method: str, compile_mode: str, offload: bool = False) -> list[str]:
@@ -23,7 +13,7 @@ def get_quant_compile_warnings(method: str, compile_mode: str, offload: bool = F
         ValueError: for an unknown method or mode.
     """
     row = get_method(method)
-    if check_compile_mode(compile_mode) != "reduce-overhead":
+    if check_name(compile_mode, COMPILE_MODES, "compile_mode") != "reduce-overhead":
         return []
     warnings = []
     if row.compile_note:

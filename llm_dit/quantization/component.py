@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
+from ..names import COMPONENT_TYPES, GRANULARITIES, check_name
 from .detect import quantized_by
 from .filters import Layer, decide_layers, named_layers
 from .hardware import require_support
-from .methods import Method, check_component_type, check_granularity, get_method
+from .methods import Method, get_method
 from .sizes import model_bytes
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def quantize_component(
         (1, {'2': '512 x 10 is not divisible by 16, which fp8-weight-only needs'})
     """
     row = get_method(method)
-    check_component_type(component_type)
-    check_granularity(granularity)
+    check_name(component_type, COMPONENT_TYPES, "component_type")
+    check_name(granularity, GRANULARITIES, "granularity")
     source = quantized_by(model)
     if source is not None:
         return model, _left_whole(model, component_type, granularity, source)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..names import COMPONENT_TYPES, GRANULARITIES, check_name
 from .filters import Layer, decide_layers
-from .methods import check_component_type, check_granularity, get_method
+from .methods import get_method
 from .sizes import tensor_bytes
 from .tensors.stream import quantize_weight
 
@@ -51,9 +52,9 @@ def estimate_memory(
         method, component_type, granularity, skip_patterns: as in `quantize_component`.
     """
     row = get_method(method)
-    layers = decide_layers(
-        model, row, check_component_type(component_type), check_granularity(granularity), skip_patterns
-    )
+    check_name(component_type, COMPONENT_TYPES, "component_type")
+    check_name(granularity, GRANULARITIES, "granularity")
+    layers = decide_layers(model, row, component_type, granularity, skip_patterns)
     quantized = {id(layer.module.weight): layer for layer in layers if layer.config is not None}
     sizes: dict[tuple[torch.Size, str], int] = {}
     before = after = sum(map(tensor_bytes, model.buffers()))

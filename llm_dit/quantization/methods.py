@@ -6,10 +6,9 @@ which stock configuration describes the result to plain diffusers and transforme
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
@@ -20,15 +19,11 @@ from torchao.quantization import (
     PerTensor,
 )
 
+from ..names import nearest
 from .tensors.float8 import ZERO_ROW_BOUND, Float8StreamConfig
 from .tensors.int4 import GROUP_SIZE, Int4GroupConfig
 from .tensors.int8 import Int8StreamConfig
 
-Granularity = Literal["per-row", "per-tensor"]
-ComponentType = Literal["encoder", "transformer", "vae"]
-
-GRANULARITIES: Final = ("per-row", "per-tensor")
-COMPONENT_TYPES: Final = ("encoder", "transformer", "vae")
 _TORCHAO_GRANULARITY: Final = {"per-row": PerRow, "per-tensor": PerTensor}
 
 
@@ -114,13 +109,6 @@ REMOVED_METHODS: Final[Mapping[str, str]] = {
 }
 
 
-def nearest(value: object, valid: tuple[str, ...] | list[str]) -> str:
-    """`did you mean …?` for the nearest valid name, or the list of them: the tail of an error message."""
-    close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
-    listed = ", ".join(valid)
-    return f"did you mean {close[0]!r}? Valid: {listed}" if close else f"valid: {listed}"
-
-
 def get_method(name: str, where: str = "quantization method") -> Method:
     """The row of `name`, aliases resolved.
 
@@ -139,17 +127,3 @@ def get_method(name: str, where: str = "quantization method") -> Method:
     if resolved not in METHODS:
         raise ValueError(f"unknown {where} {name!r}: {nearest(name, VALID_METHODS)}")
     return METHODS[resolved]
-
-
-def check_granularity(granularity: str, where: str = "granularity") -> str:
-    """Returns `granularity`; raises ValueError, naming `where` and the nearest valid one, if there is no such."""
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"unknown {where} {granularity!r}: {nearest(granularity, GRANULARITIES)}")
-    return granularity
-
-
-def check_component_type(component_type: str) -> str:
-    """Returns `component_type`; raises ValueError, naming the nearest valid one, if there is no such."""
-    if component_type not in COMPONENT_TYPES:
-        raise ValueError(f"unknown component_type {component_type!r}: {nearest(component_type, COMPONENT_TYPES)}")
-    return component_type

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
-from .methods import check_granularity, get_method, nearest
-
-BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
-
-
-def check_backend(backend: str, where: str = "quantization_backend") -> str:
-    """Returns `backend`; raises ValueError, naming `where` and the nearest valid one, if there is no such."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown {where} {backend!r}: {nearest(backend, BACKENDS)}")
-    return backend
+from ..names import BACKENDS, GRANULARITIES, check_name
+from .methods import get_method
 
 
 @dataclass(frozen=True)
@@ -27,7 +19,8 @@ class PipelineQuantConfig:
         vae: method of VAEs, audio VAEs, vocoders and latent upsamplers ("none" or "int8").
         granularity: "per-row" or "per-tensor", read by the fp8 methods.
         skip: name patterns left in bf16, in every component.
-        backend: how the transformer gets its quantized weights; "torchao", "layerwise" or "checkpoint".
+        backend: how quantized weights get into a component, "torchao", "layerwise" or "checkpoint": one name, or a mapping from
+            roles or component names.
 
     Raises:
         ValueError: for an unknown or removed value, with the one to use instead.
@@ -38,13 +31,14 @@ class PipelineQuantConfig:
     vae: str = "none"
     granularity: str = "per-row"
     skip: tuple[str, ...] = ()
-    backend: str = "torchao"
+    backend: str | Mapping[str, str] = "torchao"
 
     def __post_init__(self) -> None:
         for role in ("encoder", "transformer", "vae"):
             object.__setattr__(self, role, get_method(getattr(self, role), f"{role} method").name)
-        check_granularity(self.granularity)
-        check_backend(self.backend, "backend")
+        check_name(self.granularity, GRANULARITIES, "granularity")
+        for backend in [self.backend] if isinstance(self.backend, str) else self.backend.values():
+            check_name(backend, BACKENDS, "quantization_backend")
         if isinstance(self.skip, str):
             raise ValueError(f"skip must be a list of name patterns, not the string {self.skip!r}: write [{self.skip!r}]")
         object.__setattr__(self, "skip", tuple(self.skip))

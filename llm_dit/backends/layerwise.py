@@ -1,0 +1,122 @@
+"""Backend "layerwise": diffusers' layerwise casting, fp8 storage without scales and 16-bit compute.
+
+The weights are cast while they are read. Which ones, diffusers says itself: its casting is applied to a copy of the meta model,
+and what became fp8 there is cast here. Once loaded, the same call puts the casting hooks on the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.hooks import apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from torch import Tensor, nn
+
+from ..quantization.component import layer_stats, require_quantizable
+from ..quantization.detect import quantized_by
+from ..quantization.filters import Layer, decide_layers, matches, named_layers
+from ..quantization.hardware import require_support
+from ..quantization.probe import probe_finite
+from ..quantization.sizes import model_bytes
+from ..quantization.tensors.stream import row_chunks
+from .base import ComponentRequest, LoadPlan
+from .saving import detach_saver
+
+STORAGE_DTYPE = torch.float8_e4m3fn
+ENCODER_SKIPS = ("norm", "embed", "lm_head", "vision", "visual")
+"""`.dtype` of a transformers model is that of its first parameter, an embedding or a vision tower's, and pipelines cast prompts
+and latents to it: an fp8 one would cast them to fp8."""
+
+
+class LayerwiseBackend:
+    """Layerwise casting; see `Backend`."""
+
+    name = "layerwise"
+
+    def check(self, request: ComponentRequest) -> None:
+        if request.role == "vae":
+            raise ValueError(
+                f"{request.name}: layerwise casting is not offered for a vae, because fp8 without scales costs it 14 dB of "
+                "PSNR against int8: use backend 'torchao' with method 'int8'"
+            )
+        if request.method.name != "fp8-weight-only":
+            raise ValueError(
+                f"{request.name}: layerwise casting stores fp8 and computes in 16 bits, which is 'fp8-weight-only', not "
+                f"{request.method.name!r}: use 'fp8-weight-only', or backend 'torchao'"
+            )
+        require_support(request.method)
+
+    def plan(self, model: nn.Module, request: ComponentRequest) -> LoadPlan:
+        cast = copy.deepcopy(model)
+        _apply(cast, request)
+        parameters = {name for name, parameter in cast.named_parameters() if parameter.dtype == STORAGE_DTYPE}
+        layers = _layers(model, request, parameters)
+        require_quantizable(layers, request.method, request.name)
+        return LoadPlan(tuple(layers), dict.fromkeys(parameters, _cast_read))
+
+    def finish(self, model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
+        detach_saver(model)
+        _apply(model, request)
+        for layer in layers:
+            cast = model.get_submodule(layer.name).weight.dtype == STORAGE_DTYPE
+            if cast != (layer.config is not None):
+                raise RuntimeError(
+                    f"{request.name}: layer {layer.name!r} {'is' if cast else 'is not'} in fp8 against the plan; "
+                    "this is a fault in llm_dit or in its use of the loader, please report it"
+                )
+        probe_finite(model)
+
+    def quantize_in_place(self, model: nn.Module, request: ComponentRequest) -> dict[str, Any]:
+        source = quantized_by(model)
+        if source is not None:
+            raise ValueError(f"{request.name} is already quantized ({source}): layerwise casting would add nothing")
+        before = model_bytes(model)
+        _apply(model, request)
+        parameters = {name for name, parameter in model.named_parameters() if parameter.dtype == STORAGE_DTYPE}
+        layers = _layers(model, request, parameters)
+        require_quantizable(layers, request.method, request.name)
+        probe_finite(model)
+        return layer_stats(layers, request.method, request.role, request.granularity, before, model_bytes(model))
+
+
+def _apply(model: nn.Module, request: ComponentRequest) -> None:
+    by_user = tuple(
+        f"^{re.escape(name)}$"
+        for name, _ in model.named_modules()
+        if any(matches(name, pattern) for pattern in request.skip)
+    )
+    if isinstance(model, ModelMixin):
+        model.enable_layerwise_casting(
+            STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *by_user)
+        )
+    else:
+        apply_layerwise_casting(model, STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*ENCODER_SKIPS, *by_user))
+
+
+def _layers(model: nn.Module, request: ComponentRequest, parameters: set[str]) -> list[Layer]:
+    """The layers with diffusers' decision; the reasons are ours where our filters say the same."""
+    ours = {layer.name: layer for layer in decide_layers(model, request.method, request.role, "per-row", request.skip)}
+    marker = request.method.make_config
+    assert marker is not None
+    layers = []
+    for name, module in named_layers(model, request.role):
+        if f"{name}.weight" in parameters:
+            layers.append(Layer(name, module, marker("per-row")))
+        else:
+            reason = ours[name].reason or "diffusers' layerwise casting leaves it"
+            layers.append(Layer(name, module, None, reason))
+    return layers
+
+
+def _cast_read(value: Tensor, device: torch.device) -> Tensor:
+    """`value` as fp8 on `device`, in chunks; values beyond 448, which the cast would turn into NaN, are clamped."""
+    limit = torch.finfo(STORAGE_DTYPE).max
+    result = torch.empty(value.shape, dtype=STORAGE_DTYPE, device=device)
+    for chunk in row_chunks(value) if value.ndim else ():
+        result[chunk] = value[chunk].to(device).clamp(-limit, limit).to(STORAGE_DTYPE)
+    return result

@@ -1,0 +1,70 @@
+"""What is particular to a family of pipelines, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import nn
+
+COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model, as its sizes: enough to build its components on the meta device without a download.
+
+    Attributes:
+        name: an offline name, e.g. "klein-9b".
+        repo_id: where it is published.
+        pipeline_class: the diffusers class of its model_index.json.
+        components: by component name, what builds it (call it under `torch.device("meta")`).
+        source: where the sizes come from.
+    """
+
+    name: str
+    repo_id: str
+    pipeline_class: str
+    components: Mapping[str, Callable[[], nn.Module]]
+    source: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Defaults of the family's command-line script: what the model cards recommend for the published model.
+
+    Attributes:
+        call: keyword arguments of the pipeline's call besides the prompt.
+        guidance_argument: the name of the pipeline's guidance parameter.
+        video: the pipeline returns frames and audio, written as MP4, instead of an image, written as PNG.
+    """
+
+    call: Mapping[str, Any]
+    guidance_argument: str = "guidance_scale"
+    video: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        name: name of its module in `llm_dit.families` and of its section in config.toml.
+        title: name for people.
+        generation: defaults of its script.
+        extra_roles: roles of components besides `COMMON_ROLES`, by component name.
+        casts_latents: the pipelines cast latents to the VAE's dtype, so that a float32 VAE beside bfloat16 works.
+        published: the published models.
+    """
+
+    name: str
+    title: str
+    generation: Generation
+    extra_roles: Mapping[str, str] = field(default_factory=dict)
+    casts_latents: bool = True
+    published: tuple[Published, ...] = ()
+
+    def role(self, component: str) -> str | None:
+        """The role of a component of the pipeline, or None if it stays as it is."""
+        return self.extra_roles.get(component) or COMMON_ROLES.get(component)

@@ -1,0 +1,252 @@
+"""One load of a pipeline: what diffusers asks of us for each component, and what we check and record afterwards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.quantizers import PipelineQuantizationConfig
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+
+from .backends import BACKENDS, Backend, ComponentRequest, LoadPlan
+from .backends.streaming import DiffusersStreamingConfig, TransformersStreamingConfig
+from .quantization import METHODS, ComponentReport, quantized_by
+from .quantization.component import layer_stats
+from .quantization.filters import named_layers
+from .quantization.probe import probe_finite
+from .quantization.sizes import model_bytes
+
+logger = logging.getLogger(__name__)
+LAYERWISE_KEY = "llm_dit_layerwise"
+"""Key in a component's config.json: it was saved with layerwise casting, which stores fp8 without any other mark."""
+
+
+@dataclass
+class _Load:
+    """One component on its way."""
+
+    request: ComponentRequest | None = None
+    backend: Backend | None = None
+    plan: LoadPlan | None = None
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+
+class PipelineLoader(PipelineQuantizationConfig):
+    """Given to diffusers as `quantization_config`; its `_resolve_quant_config` is called right before each model loads.
+
+    diffusers' own class holds one configuration per component, chosen beforehand. Here the choice is made component by
+    component, from the folder's contents and the pipeline's hooks.
+
+    Args:
+        source: the folder or repository.
+        hub: keyword arguments for reading its small files, e.g. `revision`.
+        choose: from a component's name and its saved config.json, the backend and the request, or None to load it as it is.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        hub: Mapping[str, Any],
+        choose: Callable[[str, Mapping[str, Any]], tuple[Backend, ComponentRequest] | None],
+    ) -> None:
+        self.quant_backend = None
+        self.quant_kwargs: dict[str, Any] = {}
+        self.components_to_quantize = None
+        self.quant_mapping: dict[str, Any] = {}
+        self.is_granular = True
+        self.config_mapping: dict[str, Any] = {}
+        self.source = source
+        self.hub = dict(hub)
+        self.choose = choose
+        self.loads: dict[str, _Load] = {}
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+        assert module_name is not None
+        self.close_timer()
+        load = self.loads[module_name] = _Load()
+        saved = self.saved_config(module_name)
+        chosen = self.choose(module_name, saved)
+        if chosen is None:
+            return None
+        load.backend, load.request = chosen
+        kind = DiffusersStreamingConfig if is_diffusers else TransformersStreamingConfig
+        bits = round(load.request.method.bytes_per_weight * 8)
+        config = kind(planner=partial(self._plan, load), bits=bits)
+        self.config_mapping[module_name] = config
+        return config
+
+    def close_timer(self) -> None:
+        """Ends the time of the component that loaded last; the next one, or the end of the load, does so."""
+        for load in self.loads.values():
+            load.seconds = load.seconds or time.perf_counter() - load.started
+
+    def saved_config(self, component: str) -> dict[str, Any]:
+        """config.json of a component as saved, or {}."""
+        return read_json(self.source, f"{component}/config.json", self.hub)
+
+    def _plan(self, load: _Load, model: nn.Module) -> LoadPlan:
+        assert load.backend is not None
+        assert load.request is not None
+        load.plan = load.backend.plan(model, load.request)
+        return load.plan
+
+    def finish(self, name: str, role: str | None, model: nn.Module) -> ComponentReport:
+        """Checks a loaded component against its plan and reports on it.
+
+        Raises:
+            RuntimeError: if something asked for was not done.
+        """
+        load = self.loads[name]
+        if load.request is None or load.backend is None:
+            return inspect_component(name, role, model, load.seconds)
+        if load.plan is None:
+            raise RuntimeError(
+                f"{name} was to be quantized with {load.request.method.name}, and {type(model).__name__}'s loader never "
+                "asked for it: load the component yourself and pass it in, it is quantized in place then"
+            )
+        before = _dense_bytes(model, load.request.dtype)
+        load.backend.finish(model, load.request, load.plan.layers)
+        mark_layerwise(model, load.backend.name == "layerwise")
+        stats = layer_stats(
+            load.plan.layers, load.request.method, load.request.role, load.request.granularity, before, model_bytes(model)
+        )
+        return component_report(name, model, stats, load.backend.name, load.seconds)
+
+
+def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """A small JSON file of a folder or repository, or {} where there is none."""
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / filename
+        if not path.is_file():
+            return {}
+    else:
+        try:
+            path = Path(hf_hub_download(source, filename, **hub))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def quantize_passed_component(model: nn.Module, backend: Backend, request: ComponentRequest) -> ComponentReport:
+    """Quantizes a component that the caller passed in, in place."""
+    backend.check(request)
+    start = time.perf_counter()
+    stats = backend.quantize_in_place(model, request)
+    mark_layerwise(model, backend.name == "layerwise" and stats["quantized_layers"] > 0)
+    report = component_report(request.name, model, stats, backend.name, time.perf_counter() - start)
+    if stats["method"] == "already_quantized":
+        warnings.warn(f"{request.name}: {report.note}", stacklevel=4)
+    return report
+
+
+def component_report(
+    name: str, model: nn.Module, stats: Mapping[str, Any], backend: str | None, seconds: float, note: str = ""
+) -> ComponentReport:
+    """A report from the stats of `quantize_component`."""
+    if stats["method"] == "already_quantized":
+        note, backend = note or f"it came quantized ({stats['quantized_by']}) and was left as it is", None
+    return ComponentReport(
+        name=name,
+        role=stats["component_type"],
+        class_name=type(model).__name__,
+        method=stats["method"],
+        backend=backend,
+        granularity=stats["granularity"],
+        quantized_layers=stats["quantized_layers"],
+        total_layers=stats["total_layers"],
+        skip_reasons=stats["skip_reasons"],
+        bytes_before=stats["bytes_before"],
+        bytes_after=stats["bytes_after"],
+        seconds=seconds,
+        dtype=_dtype_name(model),
+        note=note,
+    )
+
+
+def inspect_component(name: str, role: str | None, model: nn.Module, seconds: float = 0.0) -> ComponentReport:
+    """A report on a component that nobody asked to quantize, as it is now."""
+    source = quantized_by(model)
+    layers = [layer for layer, _ in named_layers(model, role or "transformer")]
+    size = model_bytes(model)
+    if source is not None:
+        probe_finite(model)
+    return ComponentReport(
+        name=name,
+        role=role,
+        class_name=type(model).__name__,
+        method="already_quantized" if source else "none",
+        total_layers=len(layers),
+        skip_reasons=dict.fromkeys(layers, f"loaded as it was saved ({source})" if source else "not asked for"),
+        bytes_before=size,
+        bytes_after=size,
+        seconds=seconds,
+        dtype=_dtype_name(model),
+        note=f"loaded as it was saved: {saved_method(model) or source}, not quantized again" if source else "",
+    )
+
+
+def saved_method(model: nn.Module) -> str | None:
+    """The method that the configuration of a loaded quantized model records, or None."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if config is None:
+        return None
+    if hasattr(config, "saved"):
+        return config.saved.get("method")
+    kind = type(getattr(config, "quant_type", None))
+    for method in METHODS.values():
+        if method.make_stock_config and type(method.make_stock_config("per-row")) is kind:
+            return method.name
+    return None
+
+
+def mark_layerwise(model: nn.Module, cast: bool) -> None:
+    """Writes into the model's configuration that it is cast layerwise, so that a saved folder loads that way again."""
+    if not cast:
+        return
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(**{f"_{LAYERWISE_KEY}": True})
+    elif hasattr(model, "config"):
+        setattr(model.config, LAYERWISE_KEY, True)
+
+
+def was_layerwise(saved: Mapping[str, Any]) -> bool:
+    """True if a component's config.json says that it was saved with layerwise casting."""
+    return bool(saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}"))
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name."""
+    return BACKENDS[name]
+
+
+def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name, in the pipeline's order; compiled ones unwrapped."""
+    found = {}
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            found[name] = getattr(component, "_orig_mod", component)
+    return found
+
+
+def _dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes the model would hold unquantized, floats in `dtype`."""
+    parameters = sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size()) for p in model.parameters())
+    return parameters + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+
+
+def _dtype_name(model: nn.Module) -> str:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

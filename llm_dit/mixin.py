@@ -1,0 +1,294 @@
+"""`QuantizablePipelineMixin`: a diffusers pipeline class that quantizes its components while they load."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from os import PathLike
+from typing import Any, ClassVar, Final, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .backends import BACKENDS, Backend, ComponentRequest
+from .compiling import compile_component
+from .families.base import Family
+from .loader import (
+    PipelineLoader,
+    inspect_component,
+    models_of,
+    quantize_passed_component,
+    saved_method,
+    was_layerwise,
+)
+from .names import nearest
+from .quantization import (
+    ComponentReport,
+    QuantizationReport,
+    detect_hardware,
+    get_method,
+    get_quant_compile_warnings,
+)
+from .request import LoadOptions, LoadRequest
+from .saving import prepare_for_saving
+
+logger = logging.getLogger(__name__)
+
+DIFFUSERS_KEYWORDS: Final = (
+    "cache_dir force_download proxies local_files_only token revision torch_dtype dtype custom_pipeline custom_revision "
+    "provider sess_options provider_options device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage variant "
+    "use_safetensors use_onnx load_connected_pipeline quantization_config use_flashpack disable_mmap trust_remote_code "
+    "output_loading_info mirror"
+).split()
+"""Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
+_HUB_KEYWORDS: Final = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+_OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
+
+
+class QuantizablePipelineMixin(DiffusionPipeline):
+    """Mixed into a diffusers pipeline class, before it in the bases.
+
+    A subclass changes what happens to a component by overriding `component_role`, `component_request` or
+    `component_backend`; `from_pretrained` stays as it is.
+    """
+
+    family: ClassVar[Family]
+    _report: QuantizationReport | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+        """Loads a pipeline, quantizing its components as they are read.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the Hub.
+            quantization: a method for the transformer, "auto", a mapping from roles ("encoder", "transformer", "vae") or
+                component names to methods, or a `PipelineQuantConfig`.
+            quantization_transformer, quantization_encoder, quantization_vae: a method each; win over `quantization`.
+            quantization_granularity: "per-row" (default) or "per-tensor", for the fp8 methods.
+            quantization_backend: "torchao" (default), "layerwise" or "checkpoint", or a mapping by role or component.
+            quantization_skip: name patterns left alone, e.g. ["proj_out", "transformer_blocks.0"].
+            transformer_file: an official fp8 checkpoint.
+            activation_scale: "dynamic", or "static" for the scales of such a checkpoint.
+            config: the path of a config.toml, or a `RuntimeConfig`; keyword arguments win over it.
+            compile, compile_mode: compile the transformer's repeated blocks.
+            **kwargs: everything else means what it means in diffusers, except that `torch_dtype` defaults to bfloat16 when
+                something is quantized.
+
+        Returns:
+            The pipeline, with `quantization_report` saying what was done.
+
+        Raises:
+            ValueError: for unknown, removed or contradictory arguments, or a method the hardware lacks.
+            RuntimeError: if something asked for could not be done, or a quantized layer gives NaN.
+        """
+        source = str(pretrained_model_name_or_path)
+        options = LoadOptions(**{name: kwargs.pop(name) for name in _OWN_KEYWORDS if name in kwargs})
+        components, init_keywords = cls._get_signature_keys(cls)
+        cls._refuse_unknown(kwargs, (*components, *init_keywords))
+        request = LoadRequest.resolve(options, cls.family.name, tuple(components))
+        cls._check_request(request, kwargs)
+        hub = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
+        loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
+        saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in components if cls.component_role(name))
+        active = request.quantizes or saved_quantized
+        if active:
+            request = replace(request, dtypes=_load_dtypes(kwargs))
+        passed = {name: kwargs[name] for name in components if isinstance(kwargs.get(name), nn.Module)}
+        user_config = kwargs.pop("quantization_config", None)
+        with torch.inference_mode(False), torch.no_grad():
+            pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
+            loader.close_timer()
+            pipe._report = pipe._finish(loader, request, passed)
+        if user_config is None:
+            # diffusers keeps the loader as `pipe.quantization_config`; it has served, and it holds the plans.
+            del pipe.quantization_config
+        if active:
+            pipe._check_dtypes()
+        pipe._compile(request)
+        return pipe
+
+    @classmethod
+    def component_role(cls, name: str) -> str | None:
+        """Hook: the role of a component, "encoder", "transformer" or "vae", or None for one that stays as it is."""
+        return cls.family.role(name)
+
+    @classmethod
+    def component_request(cls, name: str, role: str, request: LoadRequest) -> ComponentRequest | None:
+        """Hook: what is asked for a component, or None to leave it unquantized."""
+        return request.component(name, role)
+
+    @classmethod
+    def component_backend(cls, name: str, role: str, request: LoadRequest) -> Backend:
+        """Hook: the backend that quantizes a component."""
+        return BACKENDS[request.backend_of(name, role)]
+
+    @property
+    def quantization_report(self) -> QuantizationReport:
+        """What was quantized, how, and what it takes; print it, or take `.to_dict()`."""
+        if self._report is None:
+            reports = (inspect_component(n, self.component_role(n), model) for n, model in models_of(self).items())
+            self._report = QuantizationReport(tuple(reports), detect_hardware().name)
+        return self._report
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """As in diffusers, but quantized components are shared as they are: no dtype is applied unless one is given."""
+        quantized = [name for name, model in models_of(pipeline).items() if getattr(model, "hf_quantizer", None)]
+        if quantized and "dtype" not in kwargs:
+            kwargs.setdefault("torch_dtype", None)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        known = {report.name: report for report in getattr(pipeline, "quantization_report", ())}
+        reports = [
+            known[name] if name in known else inspect_component(name, cls.component_role(name), model)
+            for name, model in models_of(pipe).items()
+        ]
+        pipe._report = QuantizationReport(tuple(reports), detect_hardware().name)
+        return pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized."""
+        dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+        if dtype is not None:
+            quantized = [report.name for report in self.quantization_report if report.method != "none"]
+            if quantized:
+                raise ValueError(
+                    f"this pipeline cannot be cast to {dtype}, because {', '.join(quantized)} is quantized: give "
+                    "torch_dtype to from_pretrained instead; .to(device) alone works"
+                )
+        return super().to(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; what is saved loads again without quantizing, bit for bit, and names diffusers' class."""
+        prepare_for_saving(models_of(self))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """model_index.json names the diffusers class, so that plain diffusers loads the folder."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = diffusers_class(type(self)).__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _refuse_unknown(cls, kwargs: Mapping[str, Any], expected: tuple[str, ...]) -> None:
+        valid = sorted({*_OWN_KEYWORDS, *DIFFUSERS_KEYWORDS, *expected})
+        for name in kwargs:
+            if name not in valid:
+                raise ValueError(f"{cls.__name__}.from_pretrained has no argument {name!r}: {nearest(name, valid)}")
+
+    @classmethod
+    def _check_request(cls, request: LoadRequest, kwargs: Mapping[str, Any]) -> None:
+        """Refuses what cannot work before a byte is read."""
+        if not request.quantizes:
+            return
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config is diffusers' way to quantize and quantization* is llm_dit's: give one of the two"
+            )
+        if kwargs.get("low_cpu_mem_usage", True) is not True:
+            raise ValueError(
+                "low_cpu_mem_usage=False loads whole bf16 models first and cannot be combined with quantization: leave it out"
+            )
+        names, _ = cls._get_signature_keys(cls)
+        roles = {name: role for name in names if (role := cls.component_role(name))}
+        for asked in request.asked:
+            if asked not in roles and asked not in roles.values():
+                raise ValueError(
+                    f"{diffusers_class(cls).__name__} has no component for quantization_{asked}: it has "
+                    + ", ".join(f"{name} ({role})" for name, role in roles.items())
+                )
+        dtypes = replace(request, dtypes=_load_dtypes(kwargs))
+        for name, role in roles.items():
+            wanted = cls.component_request(name, role, dtypes)
+            if wanted is not None and not (name in kwargs and kwargs[name] is None):
+                cls.component_backend(name, role, request).check(wanted)
+
+    @classmethod
+    def _choose(
+        cls, name: str, saved: Mapping[str, Any], request: LoadRequest
+    ) -> tuple[Backend, ComponentRequest] | None:
+        """The backend and the request for a component that is about to load, or None to load it as it is."""
+        role = cls.component_role(name)
+        if role is None or saved.get("quantization_config") is not None:
+            return None
+        wanted = cls.component_request(name, role, request)
+        if was_layerwise(saved) and (wanted is None or wanted.method.name == "fp8-weight-only"):
+            cast = ComponentRequest(name, role, get_method("fp8-weight-only"), dtype=request.dtype_of(name))
+            return BACKENDS["layerwise"], cast
+        return (cls.component_backend(name, role, request), wanted) if wanted is not None else None
+
+    def _finish(
+        self, loader: PipelineLoader, request: LoadRequest, passed: Mapping[str, nn.Module]
+    ) -> QuantizationReport:
+        reports = []
+        for name, model in models_of(self).items():
+            role = self.component_role(name)
+            wanted = self.component_request(name, role, request) if role else None
+            if name in loader.loads:
+                reports.append(_compared(loader.finish(name, role, model), wanted, model))
+            elif name in passed and role and wanted is not None:
+                reports.append(quantize_passed_component(model, self.component_backend(name, role, request), wanted))
+            else:
+                reports.append(inspect_component(name, role, model))
+        notes = list(request.notes)
+        if request.quantizes and not loader.loads and not passed:
+            raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")
+        unused = [p for p in request.skip if not any(f"skip pattern {p!r}" in r.skip_reasons.values() for r in reports)]
+        if unused and request.quantizes:
+            notes.append(f"skip patterns that matched no layer: {', '.join(unused)}")
+        return QuantizationReport(tuple(reports), detect_hardware().name, tuple(notes))
+
+    def _check_dtypes(self) -> None:
+        models = models_of(self)
+        vae, transformer = models.get("vae"), models.get("transformer")
+        if self.family.casts_latents or vae is None or transformer is None or vae.dtype == transformer.dtype:
+            return
+        raise ValueError(
+            f"the VAE is {vae.dtype} and the transformer {transformer.dtype}, and {self.family.title} hands latents to its VAE "
+            "as they are: load both in one dtype"
+        )
+
+    def _compile(self, request: LoadRequest) -> None:
+        if not request.compile:
+            return
+        for name, model in models_of(self).items():
+            if self.component_role(name) != "transformer":
+                continue
+            method = saved_method(model) or "none"
+            for warning in get_quant_compile_warnings(method, request.compile_mode):
+                warnings.warn(f"{name}: {warning}", stacklevel=3)
+            compile_component(model, request.compile_mode)
+
+
+def diffusers_class(cls: type) -> type:
+    """The diffusers pipeline class that a `Quantizable*` class extends."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+
+
+def _is_quantized(saved: Mapping[str, Any]) -> bool:
+    return saved.get("quantization_config") is not None or was_layerwise(saved)
+
+
+def _load_dtypes(kwargs: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The dtype of each component from `torch_dtype` or `dtype`; sets bfloat16 where neither is given."""
+    given = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
+    if given is None:
+        given = torch.bfloat16
+    if isinstance(given, Mapping):
+        return {"default": torch.bfloat16, **given}
+    if not isinstance(given, torch.dtype):
+        raise ValueError(f"torch_dtype must be a torch.dtype or a mapping of them with quantization, not {given!r}")
+    return {"default": given}
+
+
+def _compared(report: ComponentReport, wanted: ComponentRequest | None, model: nn.Module) -> ComponentReport:
+    """Says, in the report and as a warning, where a saved quantization stands against the request."""
+    if wanted is None or report.method != "already_quantized" or saved_method(model) == wanted.method.name:
+        return report
+    note = f"{report.note}, although {wanted.method.name} was asked for: load the bf16 weights to change the method"
+    warnings.warn(f"{report.name}: {note}", stacklevel=5)
+    return replace(report, note=note)

@@ -1,0 +1,27 @@
+"""Names users write, and errors that name the nearest valid one. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Final
+
+COMPONENT_TYPES: Final = ("encoder", "transformer", "vae")
+GRANULARITIES: Final = ("per-row", "per-tensor")
+BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
+ACTIVATION_SCALES: Final = ("dynamic", "static")
+COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def nearest(value: object, valid: Sequence[str]) -> str:
+    """The tail of an error message: "did you mean 'int8'? Valid: int8, int4", or only the list when nothing is near."""
+    close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.5)
+    listed = ", ".join(valid)
+    return f"did you mean {close[0]!r}? Valid: {listed}" if close else f"valid: {listed}"
+
+
+def check_name(value: str, valid: Sequence[str], what: str) -> str:
+    """Returns `value`; raises ValueError, naming `what` and the nearest valid name, if it is not one of `valid`."""
+    if value not in valid:
+        raise ValueError(f"unknown {what} {value!r}: {nearest(value, valid)}")
+    return value

@@ -1,0 +1,175 @@
+"""What a call of `from_pretrained` asks for: keyword arguments over config.toml over defaults, checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Self
+
+import torch
+
+from .backends import ComponentRequest
+from .config import RuntimeConfig
+from .names import ACTIVATION_SCALES, BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES, check_name, nearest
+from .quantization import PipelineQuantConfig, get_method, get_recommended_method
+
+Quantization = str | Mapping[str, str] | PipelineQuantConfig
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The keyword arguments that `QuantizablePipelineMixin.from_pretrained` adds to diffusers' own; see there."""
+
+    quantization: Quantization | None = None
+    quantization_transformer: str | None = None
+    quantization_encoder: str | None = None
+    quantization_vae: str | None = None
+    quantization_granularity: str | None = None
+    quantization_backend: str | Mapping[str, str] | None = None
+    quantization_skip: tuple[str, ...] | list[str] | None = None
+    transformer_file: str | PathLike[str] | None = None
+    activation_scale: str = "dynamic"
+    config: str | PathLike[str] | RuntimeConfig | None = None
+    compile: bool | None = None
+    compile_mode: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A checked request.
+
+    Attributes:
+        methods: by role or component name, the method; a component's name wins over its role.
+        granularity: of the fp8 methods.
+        skip: name patterns left alone in every component.
+        backends: by role or component name, the backend; "" is the default.
+        asked: the roles and components that keyword arguments name, which the pipeline must have.
+        dtypes: by component name, the dtype to load in; "default" is every other's. Empty: diffusers decides.
+        transformer_file: an official fp8 checkpoint, or "".
+        compile, compile_mode: whether and how the transformer is compiled.
+        notes: what the report should say about the choice.
+    """
+
+    methods: Mapping[str, str] = field(default_factory=dict)
+    granularity: str = "per-row"
+    skip: tuple[str, ...] = ()
+    backends: Mapping[str, str] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    transformer_file: str = ""
+    compile: bool = False
+    compile_mode: str = "default"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def resolve(cls, options: LoadOptions, family: str, components: tuple[str, ...]) -> Self:
+        """Weighs the options of a pipeline of `family` with the given component names.
+
+        Raises:
+            ValueError: for anything unknown, removed or contradictory, with what to use instead.
+        """
+        check_name(options.activation_scale, ACTIVATION_SCALES, "activation_scale")
+        config, section = _configured(options.config, family)
+        base = config if config is not None else PipelineQuantConfig()
+        methods: dict[str, str] = {role: getattr(base, role) for role in COMPONENT_TYPES}
+        given, notes = _given_methods(options, components)
+        methods.update(given)
+        if isinstance(options.quantization, PipelineQuantConfig):
+            base = options.quantization
+        transformer_file = str(options.transformer_file or section.transformer_file)
+        backends = _backends(options.quantization_backend, base.backend, components)
+        if transformer_file:
+            backends["transformer"] = "checkpoint"
+            if methods["transformer"] == "none":
+                methods["transformer"] = "fp8-dynamic"
+        if options.activation_scale == "static" and backends.get("transformer", backends[""]) != "checkpoint":
+            raise ValueError(
+                "activation_scale='static' reads the scales of an official fp8 checkpoint: give transformer_file, or leave "
+                "activation_scale at 'dynamic'"
+            )
+        granularity = options.quantization_granularity or base.granularity
+        skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip  # type: ignore[arg-type]
+        compile_mode = options.compile_mode or section.compile_mode
+        return cls(
+            methods=methods,
+            granularity=check_name(granularity, GRANULARITIES, "quantization_granularity"),
+            skip=skip,
+            backends=backends,
+            asked=frozenset(name for name, method in given.items() if method != "none"),
+            transformer_file=transformer_file,
+            compile=section.compile if options.compile is None else options.compile,
+            compile_mode=check_name(compile_mode, COMPILE_MODES, "compile_mode"),
+            notes=notes,
+        )
+
+    @property
+    def quantizes(self) -> bool:
+        """True if any role or component has a method other than "none"."""
+        return any(method != "none" for method in self.methods.values())
+
+    def backend_of(self, component: str, role: str) -> str:
+        """The name of the backend for a component."""
+        return self.backends.get(component) or self.backends.get(role) or self.backends[""]
+
+    def method_of(self, component: str, role: str) -> str:
+        """The name of the method for a component."""
+        return self.methods.get(component, self.methods.get(role, "none"))
+
+    def dtype_of(self, component: str) -> torch.dtype:
+        """The dtype a component is loaded in."""
+        return self.dtypes.get(component, self.dtypes.get("default", torch.bfloat16))
+
+    def component(self, name: str, role: str) -> ComponentRequest | None:
+        """What is asked for one component, or None if it stays unquantized."""
+        method = get_method(self.method_of(name, role))
+        if method.make_config is None:
+            return None
+        return ComponentRequest(name, role, method, self.granularity, self.skip, self.dtype_of(name))
+
+
+def _configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, Any]:
+    if config is None:
+        return None, RuntimeConfig().section(family)
+    if not isinstance(config, RuntimeConfig):
+        config = RuntimeConfig.from_toml(config)
+    return config.get_pipeline_quant_config(family), config.section(family)
+
+
+def _given_methods(options: LoadOptions, components: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Methods that keyword arguments name, by role or component, and notes on how they were chosen."""
+    methods: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    given = options.quantization
+    if isinstance(given, PipelineQuantConfig):
+        methods = {role: getattr(given, role) for role in COMPONENT_TYPES}
+    elif isinstance(given, Mapping):
+        valid = tuple(dict.fromkeys((*COMPONENT_TYPES, *components)))
+        for name, method in given.items():
+            check_name(name, valid, "key in quantization")
+            methods[name] = get_method(method, f"method for {name!r} in quantization").name
+    elif given == "auto":
+        methods["transformer"] = get_recommended_method()
+        notes = (f"quantization='auto' chose {methods['transformer']} for the transformer, by the hardware",)
+    elif given is not None:
+        methods["transformer"] = get_method(given, "quantization").name
+    for role in COMPONENT_TYPES:
+        own = getattr(options, f"quantization_{role}")
+        if own is not None:
+            methods[role] = get_method(own, f"quantization_{role}").name
+    return methods, notes
+
+
+def _backends(
+    given: str | Mapping[str, str] | None, default: str | Mapping[str, str], components: tuple[str, ...]
+) -> dict[str, str]:
+    chosen = default if given is None else given
+    if isinstance(chosen, str):
+        return {"": check_name(chosen, BACKENDS, "quantization_backend")}
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f"quantization_backend must be a name or a mapping, not {chosen!r}: {nearest('', BACKENDS)}")
+    valid = tuple(dict.fromkeys((*COMPONENT_TYPES, *components)))
+    for name, backend in chosen.items():
+        check_name(name, valid, "key in quantization_backend")
+        check_name(backend, BACKENDS, f"quantization_backend for {name!r}")
+    return {"": "torchao", **chosen}
