@@ -46,7 +46,7 @@ DIFFUSERS_KEYWORDS: Final = (
     "output_loading_info mirror"
 ).split()
 """Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
-_HUB_KEYWORDS: Final = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+HUB_KEYWORDS: Final = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
 
 
@@ -92,12 +92,15 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         cls._refuse_unknown(kwargs, (*components, *init_keywords))
         request = LoadRequest.resolve(options, cls.family.name, tuple(components))
         cls._check_request(request, kwargs)
-        hub = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
         saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in components if cls.component_role(name))
         active = request.quantizes or saved_quantized
         if active:
             request = replace(request, dtypes=_load_dtypes(kwargs))
+            if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+                kwargs["torch_dtype"] = torch.bfloat16
+                request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
         passed = {name: kwargs[name] for name in components if isinstance(kwargs.get(name), nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
         with torch.inference_mode(False), torch.no_grad():
@@ -274,7 +277,7 @@ def _is_quantized(saved: Mapping[str, Any]) -> bool:
 
 
 def _load_dtypes(kwargs: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """The dtype of each component from `torch_dtype` or `dtype`; sets bfloat16 where neither is given."""
+    """The dtype of each component from `torch_dtype` or `dtype`; bfloat16 where neither is given."""
     given = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
     if given is None:
         given = torch.bfloat16

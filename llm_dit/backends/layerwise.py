@@ -115,6 +115,8 @@ def _layers(model: nn.Module, request: ComponentRequest, parameters: set[str]) -
 
 def _cast_read(value: Tensor, device: torch.device) -> Tensor:
     """`value` as fp8 on `device`, in chunks; values beyond 448, which the cast would turn into NaN, are clamped."""
+    if value.dtype == STORAGE_DTYPE:
+        return value.to(device)
     limit = torch.finfo(STORAGE_DTYPE).max
     result = torch.empty(value.shape, dtype=STORAGE_DTYPE, device=device)
     for chunk in row_chunks(value) if value.ndim else ():

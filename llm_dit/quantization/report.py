@@ -103,7 +103,7 @@ class QuantizationReport:
         }
 
     def __str__(self) -> str:
-        header = ("component", "role", "method", "backend", "layers", "bf16", "held", "s")
+        header = ("component", "role", "method", "backend", "layers", "before", "held", "s")
         rows = [header, *map(_row, self.components)]
         total = ("total", "", "", "", "", format_bytes(self.bytes_before), format_bytes(self.bytes_after), "")
         rows.append(total)
@@ -139,6 +139,6 @@ def _details(component: ComponentReport) -> list[str]:
         grouped.setdefault(reason, []).append(layer)
     for reason, layers in grouped.items():
         shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
-        noun = "layer" if len(layers) == 1 else "layers"
-        lines.append(f"{component.name}: {len(layers)} {noun} left as they were, {reason}: {shown}")
+        noun = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+        lines.append(f"{component.name}: {noun} not quantized, {reason}: {shown}")
     return lines

@@ -1,0 +1,86 @@
+"""FLUX.2: dev, and klein in two sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers import (
+    AutoencoderKLFlux2,
+    Flux2KleinInpaintPipeline,
+    Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+
+from ..mixin import QuantizablePipelineMixin
+from ..published_encoders import mistral_small_24b, qwen3_4b, qwen3_8b
+from .base import Family, Generation, Published
+
+_KLEIN_4B = partial(
+    Flux2Transformer2DModel,
+    num_layers=5,
+    num_single_layers=20,
+    num_attention_heads=24,
+    joint_attention_dim=7680,
+    guidance_embeds=False,
+)
+_KLEIN_9B = partial(
+    Flux2Transformer2DModel,
+    num_layers=8,
+    num_single_layers=24,
+    num_attention_heads=32,
+    joint_attention_dim=12288,
+    guidance_embeds=False,
+)
+_SOURCE = "config.json of the repository; parameter counts agree with it"
+
+FAMILY = Family(
+    name="flux2",
+    title="FLUX.2",
+    generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}),
+    casts_latents=False,
+    published=(
+        Published(
+            "flux2-dev",
+            "black-forest-labs/FLUX.2-dev",
+            "Flux2Pipeline",
+            {"text_encoder": mistral_small_24b, "transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2},
+            "defaults of Flux2Transformer2DModel; Mistral-Small-3.2-24B",
+        ),
+        Published(
+            "klein-4b",
+            "black-forest-labs/FLUX.2-klein-4B",
+            "Flux2KleinPipeline",
+            {"text_encoder": qwen3_4b, "transformer": _KLEIN_4B, "vae": AutoencoderKLFlux2},
+            _SOURCE,
+        ),
+        Published(
+            "klein-9b",
+            "black-forest-labs/FLUX.2-klein-9B",
+            "Flux2KleinPipeline",
+            {"text_encoder": qwen3_8b, "transformer": _KLEIN_9B, "vae": AutoencoderKLFlux2},
+            _SOURCE,
+        ),
+    ),
+)
+
+
+class _Flux2(QuantizablePipelineMixin):
+    family = FAMILY
+
+
+class QuantizableFlux2Pipeline(_Flux2, Flux2Pipeline):
+    """FLUX.2-dev: text and reference images to image."""
+
+
+class QuantizableFlux2KleinPipeline(_Flux2, Flux2KleinPipeline):
+    """FLUX.2-klein: text and reference images to image."""
+
+
+class QuantizableFlux2KleinInpaintPipeline(_Flux2, Flux2KleinInpaintPipeline):
+    """FLUX.2-klein: fills a masked region."""
+
+
+class QuantizableFlux2KleinKVPipeline(_Flux2, Flux2KleinKVPipeline):
+    """FLUX.2-klein with the reference images' keys and values cached."""

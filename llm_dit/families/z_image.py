@@ -1,0 +1,75 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from diffusers import (
+    AutoencoderKL,
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImageOmniPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+
+from ..mixin import QuantizablePipelineMixin
+from ..published_encoders import qwen3_4b_base
+from .base import Family, Generation, Published
+
+
+def _flux1_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+FAMILY = Family(
+    name="z_image",
+    title="Z-Image",
+    extra_roles={"controlnet": "transformer", "siglip": "encoder"},
+    generation=Generation({"num_inference_steps": 9, "guidance_scale": 0.0, "height": 1024, "width": 1024}),
+    published=(
+        Published(
+            "z-image-turbo",
+            "Tongyi-MAI/Z-Image-Turbo",
+            "ZImagePipeline",
+            {"text_encoder": qwen3_4b_base, "transformer": ZImageTransformer2DModel, "vae": _flux1_vae},
+            "defaults of ZImageTransformer2DModel; Qwen3-4B; the VAE of FLUX.1",
+        ),
+    ),
+)
+
+
+class _ZImage(QuantizablePipelineMixin):
+    family = FAMILY
+
+
+class QuantizableZImagePipeline(_ZImage, ZImagePipeline):
+    """Text to image."""
+
+
+class QuantizableZImageImg2ImgPipeline(_ZImage, ZImageImg2ImgPipeline):
+    """Image and text to image."""
+
+
+class QuantizableZImageInpaintPipeline(_ZImage, ZImageInpaintPipeline):
+    """Fills a masked region."""
+
+
+class QuantizableZImageControlNetPipeline(_ZImage, ZImageControlNetPipeline):
+    """Text to image under a control image."""
+
+
+class QuantizableZImageControlNetInpaintPipeline(_ZImage, ZImageControlNetInpaintPipeline):
+    """Fills a masked region under a control image."""
+
+
+class QuantizableZImageOmniPipeline(_ZImage, ZImageOmniPipeline):
+    """Text and reference images, read by SigLIP, to image."""

@@ -1,0 +1,41 @@
+"""`load_pipeline`: the right class for a folder or repository, chosen from its model_index.json."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from .families import quantizable_class
+
+if TYPE_CHECKING:
+    from .mixin import QuantizablePipelineMixin
+
+
+def load_pipeline(pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> QuantizablePipelineMixin:
+    """Loads a pipeline of any family, quantizing its components as they are read.
+
+    Args:
+        pretrained_model_name_or_path: a folder, or a repository on the Hub.
+        **kwargs: as `QuantizablePipelineMixin.from_pretrained` takes them.
+
+    Raises:
+        ValueError: if there is no model_index.json, or it names a pipeline that no family covers.
+    """
+    return pipeline_class_of(pretrained_model_name_or_path, **kwargs).from_pretrained(
+        pretrained_model_name_or_path, **kwargs
+    )
+
+
+def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[QuantizablePipelineMixin]:
+    """Our class for the pipeline that `source` holds; of `kwargs`, those that find files on the Hub are read."""
+    from .loader import read_json
+    from .mixin import HUB_KEYWORDS
+
+    hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    index = read_json(str(source), "model_index.json", hub)
+    if "_class_name" not in index:
+        raise ValueError(
+            f"{str(source)!r} holds no model_index.json of a diffusers pipeline: give the folder that "
+            "save_pretrained wrote, or a repository id"
+        )
+    return quantizable_class(index["_class_name"])
