@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 
-def compile_component(model: nn.Module, mode: str) -> None:
+def compile_component(model: Any, mode: str) -> None:
     """Compiles `model` in place.
 
-    Regional compilation compiles one block for all that are alike: seconds where the whole model takes minutes. It is used
-    where the diffusers class names its repeated blocks.
+    Regional compilation compiles one block for all that are alike: seconds where the whole model takes minutes. It is
+    used where the diffusers class names its repeated blocks.
 
     Args:
         mode: a mode of `torch.compile`.

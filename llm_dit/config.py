@@ -1,7 +1,7 @@
 """config.toml: which method for which role, for all families and for each.
 
-A value of a family's section wins over the `[quantization]` section, which wins over the built-in default. The whole file is
-checked when it is read, the sections of other families included, so that a mistake shows before a model loads.
+A value of a family's section wins over the `[quantization]` section, which wins over the built-in default. The whole
+file is checked when it is read, the sections of other families included, so that a mistake shows before a model loads.
 """
 
 from __future__ import annotations

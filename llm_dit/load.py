@@ -21,9 +21,7 @@ def load_pipeline(pretrained_model_name_or_path: str | PathLike[str], **kwargs: 
     Raises:
         ValueError: if there is no model_index.json, or it names a pipeline that no family covers.
     """
-    return pipeline_class_of(pretrained_model_name_or_path, **kwargs).from_pretrained(
-        pretrained_model_name_or_path, **kwargs
-    )
+    return pipeline_class_of(pretrained_model_name_or_path, **kwargs).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[QuantizablePipelineMixin]:

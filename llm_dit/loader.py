@@ -52,7 +52,8 @@ class PipelineLoader(PipelineQuantizationConfig):
     Args:
         source: the folder or repository.
         hub: keyword arguments for reading its small files, e.g. `revision`.
-        choose: from a component's name and its saved config.json, the backend and the request, or None to load it as it is.
+        choose: from a component's name and its saved config.json, the backend and the request, or None to load it as
+            it is.
     """
 
     def __init__(
@@ -117,10 +118,15 @@ class PipelineLoader(PipelineQuantizationConfig):
                 "asked for it: load the component yourself and pass it in, it is quantized in place then"
             )
         before = _dense_bytes(model, load.request.dtype)
-        load.backend.finish(model, load.request, load.plan.layers)
+        load.backend.finish(model, load.request, load.plan)
         mark_layerwise(model, load.backend.name == "layerwise")
         stats = layer_stats(
-            load.plan.layers, load.request.method, load.request.role, load.request.granularity, before, model_bytes(model)
+            load.plan.layers,
+            load.request.method,
+            load.request.role,
+            load.request.granularity,
+            before,
+            model_bytes(model),
         )
         return component_report(name, model, stats, load.backend.name, load.seconds)
 
@@ -132,6 +138,8 @@ def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, A
         path = folder / filename
         if not path.is_file():
             return {}
+    elif source.count("/") != 1 or folder.is_absolute():
+        return {}  # no folder, and no name that a repository could have
     else:
         try:
             path = Path(hf_hub_download(source, filename, **hub))
@@ -212,7 +220,7 @@ def saved_method(model: nn.Module) -> str | None:
     return None
 
 
-def mark_layerwise(model: nn.Module, cast: bool) -> None:
+def mark_layerwise(model: Any, cast: bool) -> None:
     """Writes into the model's configuration that it is cast layerwise, so that a saved folder loads that way again."""
     if not cast:
         return

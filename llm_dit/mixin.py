@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import warnings
@@ -40,13 +39,37 @@ from .saving import prepare_for_saving
 logger = logging.getLogger(__name__)
 
 DIFFUSERS_KEYWORDS: Final = (
-    "cache_dir force_download proxies local_files_only token revision torch_dtype dtype custom_pipeline custom_revision "
-    "provider sess_options provider_options device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage variant "
-    "use_safetensors use_onnx load_connected_pipeline quantization_config use_flashpack disable_mmap trust_remote_code "
-    "output_loading_info mirror"
-).split()
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "torch_dtype",
+    "dtype",
+    "custom_pipeline",
+    "custom_revision",
+    "provider",
+    "sess_options",
+    "provider_options",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "low_cpu_mem_usage",
+    "variant",
+    "use_safetensors",
+    "use_onnx",
+    "load_connected_pipeline",
+    "quantization_config",
+    "use_flashpack",
+    "disable_mmap",
+    "trust_remote_code",
+    "output_loading_info",
+    "mirror",
+)
 """Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
-HUB_KEYWORDS: Final = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
 
 
@@ -66,7 +89,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository on the Hub.
-            quantization: a method for the transformer, "auto", a mapping from roles ("encoder", "transformer", "vae") or
+            quantization: a method for the transformer, "auto", a mapping from roles ("encoder", "transformer", "vae")
+                or
                 component names to methods, or a `PipelineQuantConfig`.
             quantization_transformer, quantization_encoder, quantization_vae: a method each; win over `quantization`.
             quantization_granularity: "per-row" (default) or "per-tensor", for the fp8 methods.
@@ -76,7 +100,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             activation_scale: "dynamic", or "static" for the scales of such a checkpoint.
             config: the path of a config.toml, or a `RuntimeConfig`; keyword arguments win over it.
             compile, compile_mode: compile the transformer's repeated blocks.
-            **kwargs: everything else means what it means in diffusers, except that `torch_dtype` defaults to bfloat16 when
+            **kwargs: everything else means what it means in diffusers, except that `torch_dtype` defaults to bfloat16
+                when
                 something is quantized.
 
         Returns:
@@ -99,10 +124,12 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         if active:
             request = replace(request, dtypes=_load_dtypes(kwargs))
             if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-                kwargs["torch_dtype"] = torch.bfloat16
+                kwargs["dtype"] = torch.bfloat16
                 request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
         passed = {name: kwargs[name] for name in components if isinstance(kwargs.get(name), nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
+        if "torch_dtype" in kwargs and "dtype" not in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")  # diffusers 0.42 warns of the old name, which our users know
         with torch.inference_mode(False), torch.no_grad():
             pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
             loader.close_timer()
@@ -211,9 +238,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
                 cls.component_backend(name, role, request).check(wanted)
 
     @classmethod
-    def _choose(
-        cls, name: str, saved: Mapping[str, Any], request: LoadRequest
-    ) -> tuple[Backend, ComponentRequest] | None:
+    def _choose(cls, name: str, saved: Mapping[str, Any], request: LoadRequest) -> tuple[Backend, ComponentRequest] | None:
         """The backend and the request for a component that is about to load, or None to load it as it is."""
         role = cls.component_role(name)
         if role is None or saved.get("quantization_config") is not None:
@@ -224,9 +249,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             return BACKENDS["layerwise"], cast
         return (cls.component_backend(name, role, request), wanted) if wanted is not None else None
 
-    def _finish(
-        self, loader: PipelineLoader, request: LoadRequest, passed: Mapping[str, nn.Module]
-    ) -> QuantizationReport:
+    def _finish(self, loader: PipelineLoader, request: LoadRequest, passed: Mapping[str, nn.Module]) -> QuantizationReport:
         reports = []
         for name, model in models_of(self).items():
             role = self.component_role(name)

@@ -55,9 +55,7 @@ def mistral_small_24b() -> nn.Module:
         "image_size": 1540,
         "patch_size": 14,
     }
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    )
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False))
 
 
 def gemma3_12b() -> nn.Module:
@@ -100,9 +98,7 @@ def qwen2_5_vl_7b() -> nn.Module:
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
     }
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    )
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False))
 
 
 def qwen3_vl_8b() -> nn.Module:
@@ -111,9 +107,7 @@ def qwen3_vl_8b() -> nn.Module:
 
     text = {"hidden_size": 4096, "intermediate_size": 12288, **_QWEN3}
     vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096}
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    )
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False))
 
 
 _QWEN3: dict[str, Any] = {

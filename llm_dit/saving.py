@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torchao.utils import TorchAOBaseTensor
 from transformers import PreTrainedModel
 from transformers.integrations.torchao import TorchAoDeserialize
+
+from .backends.saving import attach_plain_saver
 
 
 def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
@@ -21,6 +24,8 @@ def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
                 f"{name} has LoRA adapters loaded, and saving it now writes a folder that does not load: call "
                 "unload_lora_weights(), or fuse_lora() and then unload_lora_weights(), before save_pretrained"
             )
+        if getattr(model, "hf_quantizer", None) is None and any(isinstance(p, TorchAOBaseTensor) for p in model.parameters()):
+            attach_plain_saver(model)
         if isinstance(model, PreTrainedModel):
             _drop_deserializers(model)
 
@@ -28,8 +33,9 @@ def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
 def _drop_deserializers(model: PreTrainedModel) -> None:
     """Takes torchao's reading step off the conversions that transformers inverts for saving.
 
-    It has no inverse (transformers 5.23, `TorchAoDeserialize.reverse_op`), so that a reloaded quantized model could not be
-    saved again. Flattening the tensors is the quantizer's work and needs none. An inverse upstream would remove this.
+    It has no inverse (transformers 5.23, `TorchAoDeserialize.reverse_op`), so that a reloaded quantized model could
+    not be saved again. Flattening the tensors is the quantizer's work and needs none. An inverse upstream would remove
+    this.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:

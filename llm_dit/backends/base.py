@@ -1,13 +1,13 @@
 """The seam between loading and quantizing: a backend says, per parameter, what becomes of it while it is read.
 
-The loaders of diffusers and transformers ask for a plan of the meta model (`Backend.plan`), read the checkpoint one parameter
-at a time and hand each planned one to its transform (`llm_dit.backends.streaming`). Afterwards `Backend.finish` checks the
-model against the plan, and leaves it so that it saves, moves and runs like any other.
+The loaders of diffusers and transformers ask for a plan of the meta model (`Backend.plan`), read the checkpoint one
+parameter at a time and hand each planned one to its transform (`llm_dit.backends.streaming`). Afterwards
+`Backend.finish` checks the model against the plan, and leaves it so that it saves, moves and runs like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,8 +66,8 @@ class Backend(Protocol):
     def plan(self, model: nn.Module, request: ComponentRequest) -> LoadPlan:
         """The plan for `model`, which is on meta."""
 
-    def finish(self, model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
-        """Checks a loaded `model` against the plan's layers and prepares it for saving.
+    def finish(self, model: nn.Module, request: ComponentRequest, plan: LoadPlan) -> None:
+        """Checks a loaded `model` against its plan and prepares it for saving.
 
         Raises:
             RuntimeError: if a layer is not what the plan says.

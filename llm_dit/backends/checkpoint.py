@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import nn
 
-from ..quantization.filters import Layer
 from .base import ComponentRequest, LoadPlan
 
 
@@ -22,7 +20,7 @@ class CheckpointBackend:
     def plan(self, model: nn.Module, request: ComponentRequest) -> LoadPlan:
         self._refuse(request)
 
-    def finish(self, model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
+    def finish(self, model: nn.Module, request: ComponentRequest, plan: LoadPlan) -> None:
         self._refuse(request)
 
     def quantize_in_place(self, model: nn.Module, request: ComponentRequest) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Backend "layerwise": diffusers' layerwise casting, fp8 storage without scales and 16-bit compute.
 
-The weights are cast while they are read. Which ones, diffusers says itself: its casting is applied to a copy of the meta model,
-and what became fp8 there is cast here. Once loaded, the same call puts the casting hooks on the model.
+The weights are cast while they are read. Which ones, diffusers says itself: its casting is applied to a copy of the
+meta model, and what became fp8 there is cast here. Once loaded, the same call puts the casting hooks on the model.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from diffusers import ModelMixin
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..quantization.component import layer_stats, require_quantizable
 from ..quantization.detect import quantized_by
@@ -29,7 +29,8 @@ from .saving import detach_saver
 
 STORAGE_DTYPE = torch.float8_e4m3fn
 ENCODER_SKIPS = ("norm", "embed", "lm_head", "vision", "visual")
-"""`.dtype` of a transformers model is that of its first parameter, an embedding or a vision tower's, and pipelines cast prompts
+"""`.dtype` of a transformers model is that of its first parameter, an embedding or a vision tower's, and pipelines
+cast prompts
 and latents to it: an fp8 one would cast them to fp8."""
 
 
@@ -59,10 +60,11 @@ class LayerwiseBackend:
         require_quantizable(layers, request.method, request.name)
         return LoadPlan(tuple(layers), dict.fromkeys(parameters, _cast_read))
 
-    def finish(self, model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
+    def finish(self, model: nn.Module, request: ComponentRequest, plan: LoadPlan) -> None:
         detach_saver(model)
-        _apply(model, request)
-        for layer in layers:
+        # By now a Z-Image controlnet also holds modules of the transformer, which follow the transformer's plan.
+        _apply(model, request, {name.rpartition(".")[0] for name in plan.transforms})
+        for layer in plan.layers:
             cast = model.get_submodule(layer.name).weight.dtype == STORAGE_DTYPE
             if cast != (layer.config is not None):
                 raise RuntimeError(
@@ -84,18 +86,20 @@ class LayerwiseBackend:
         return layer_stats(layers, request.method, request.role, request.granularity, before, model_bytes(model))
 
 
-def _apply(model: nn.Module, request: ComponentRequest) -> None:
-    by_user = tuple(
-        f"^{re.escape(name)}$"
-        for name, _ in model.named_modules()
-        if any(matches(name, pattern) for pattern in request.skip)
-    )
+def _apply(model: nn.Module, request: ComponentRequest, planned: set[str] | None = None) -> None:
+    """Puts diffusers' casting on `model`; where `planned` is given, on those of its modules alone."""
+    left = tuple(f"^{re.escape(name)}$" for name, module in model.named_modules() if _must_stay(name, module, request, planned))
     if isinstance(model, ModelMixin):
-        model.enable_layerwise_casting(
-            STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *by_user)
-        )
+        model.enable_layerwise_casting(STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *left))
     else:
-        apply_layerwise_casting(model, STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*ENCODER_SKIPS, *by_user))
+        apply_layerwise_casting(model, STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*ENCODER_SKIPS, *left))
+
+
+def _must_stay(name: str, module: nn.Module, request: ComponentRequest, planned: set[str] | None) -> bool:
+    """True for what the user names, what its owner reads past the hook, and what is not in the plan."""
+    unplanned = planned is not None and name not in planned and not any(module.children())
+    read_past_hook = isinstance(module, NonDynamicallyQuantizableLinear)
+    return unplanned or read_past_hook or any(matches(name, pattern) for pattern in request.skip)
 
 
 def _layers(model: nn.Module, request: ComponentRequest, parameters: set[str]) -> list[Layer]:

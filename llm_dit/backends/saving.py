@@ -1,8 +1,8 @@
 """Making a quantized component save like one that its library quantized.
 
-Both libraries save quantized tensors only through a quantizer object on the model. Where every tensor is a stock torchao
-one, that is torchao's own quantizer with a stock configuration, so plain diffusers and transformers load the folder;
-otherwise it is ours.
+Both libraries save quantized tensors only through a quantizer object on the model. Where every tensor is a stock
+torchao one, that is torchao's own quantizer with a stock configuration, so plain diffusers and transformers load the
+folder; otherwise it is ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import transformers
 from diffusers import ModelMixin
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from torch import nn
-from torchao.core.config import AOBaseConfig
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 from transformers import PreTrainedModel
@@ -30,13 +29,21 @@ STOCK_TENSORS = (Float8Tensor, Int8Tensor)
 
 def attach_saver(model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
     """Gives `model` the quantizer that `save_pretrained` asks for; a module of neither library is left alone."""
-    left = [layer.parameter for layer in layers if layer.config is None]
     stock = request.method.make_stock_config
-    stock_config = stock(request.granularity) if stock and _all_stock(model) else None
-    if isinstance(model, ModelMixin):
-        _attach_diffusers(model, request, stock_config, left)
-    elif isinstance(model, PreTrainedModel):
-        _attach_transformers(model, request, stock_config, left)
+    library: Any = diffusers if isinstance(model, ModelMixin) else transformers
+    if stock is not None and _all_stock(model):
+        # Full parameter names: diffusers compares these as substrings of module names otherwise, so that "proj_out"
+        # would also hit "audio_proj_out".
+        left = [layer.parameter for layer in layers if layer.config is None]
+        _attach(model, library.TorchAoConfig(stock(request.granularity), modules_to_not_convert=left))
+        return
+    kind = DiffusersStreamingConfig if library is diffusers else TransformersStreamingConfig
+    _attach(model, kind(**_record(request)))
+
+
+def attach_plain_saver(model: nn.Module) -> None:
+    """Gives a model that somebody quantized without a request, e.g. with `quantize_component`, our quantizer to save with."""
+    _attach(model, DiffusersStreamingConfig() if isinstance(model, ModelMixin) else TransformersStreamingConfig())
 
 
 def detach_saver(model: nn.Module) -> None:
@@ -69,35 +76,16 @@ def _record(request: ComponentRequest) -> dict[str, Any]:
     }
 
 
-def _attach_diffusers(
-    model: ModelMixin, request: ComponentRequest, stock_config: AOBaseConfig | None, left: list[str]
-) -> None:
-    config: Any
-    if stock_config is not None:
-        # Full parameter names: diffusers compares these as substrings of module names otherwise, so that "proj_out" would
-        # also hit "audio_proj_out".
-        config = diffusers.TorchAoConfig(stock_config, modules_to_not_convert=left)
+def _attach(model: nn.Module, config: Any) -> None:
+    """Sets what `save_pretrained` of either library looks at; a module of neither has nothing of the kind."""
+    if isinstance(model, ModelMixin):
+        model.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+        model.register_to_config(quantization_config=config)
+    elif isinstance(model, PreTrainedModel):
+        model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        model.config.quantization_config = config
     else:
-        config = DiffusersStreamingConfig(**_record(request))
-    quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
-    quantizer.validate_environment()
-    model.hf_quantizer = quantizer
+        return
+    model.hf_quantizer.validate_environment()
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.register_to_config(quantization_config=config)
-
-
-def _attach_transformers(
-    model: PreTrainedModel, request: ComponentRequest, stock_config: AOBaseConfig | None, left: list[str]
-) -> None:
-    config: Any
-    if stock_config is not None:
-        config = transformers.TorchAoConfig(stock_config, modules_to_not_convert=left)
-    else:
-        config = TransformersStreamingConfig(**_record(request))
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.validate_environment()
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.config.quantization_config = config

@@ -31,7 +31,7 @@ Planner = Callable[[nn.Module], LoadPlan]
 QUANT_METHOD = "llm_dit"
 
 
-class QuantMethod(str, enum.Enum):
+class QuantMethod(enum.StrEnum):
     """The name under which both libraries find the quantizers; they want an enum member."""
 
     LLM_DIT = QUANT_METHOD
@@ -175,7 +175,8 @@ class StreamedQuantize(ConversionOps):
         owner, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(owner)
         parameter = self.quantizer.transform(full_layer_name, value, value.device)
-        # The mark keeps transformers' weight initialization, which runs for whatever it deems missing, off the parameter.
+        # The mark keeps transformers' weight initialization, which runs for whatever it deems missing, off the
+        # parameter.
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         module._parameters[name] = parameter
         missing_keys.discard(full_layer_name)

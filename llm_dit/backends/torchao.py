@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.utils import TorchAOBaseTensor
 
 from ..quantization.component import quantize_component, require_quantizable
-from ..quantization.filters import Layer, decide_layers, vae_refusal
+from ..quantization.filters import decide_layers, vae_refusal
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.tensors.stream import quantize_weight
@@ -38,8 +37,8 @@ class TorchaoBackend:
         }
         return LoadPlan(tuple(layers), transforms)
 
-    def finish(self, model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
-        for layer in layers:
+    def finish(self, model: nn.Module, request: ComponentRequest, plan: LoadPlan) -> None:
+        for layer in plan.layers:
             quantized = isinstance(model.get_submodule(layer.name)._parameters.get("weight"), TorchAOBaseTensor)
             if quantized != (layer.config is not None):
                 wanted, found = ("quantized", "is not") if layer.config else ("left as it was", "is quantized")
@@ -48,15 +47,13 @@ class TorchaoBackend:
                     "this is a fault in llm_dit or in its use of the loader, please report it"
                 )
         probe_finite(model)
-        attach_saver(model, request, layers)
+        attach_saver(model, request, plan.layers)
 
     def quantize_in_place(self, model: nn.Module, request: ComponentRequest) -> dict[str, Any]:
-        layers = decide_layers(model, request.method, request.role, request.granularity, request.skip)
-        _, stats = quantize_component(
-            model, request.method.name, request.role, request.granularity, skip_patterns=request.skip
-        )
+        plan = LoadPlan(tuple(decide_layers(model, request.method, request.role, request.granularity, request.skip)), {})
+        _, stats = quantize_component(model, request.method.name, request.role, request.granularity, skip_patterns=request.skip)
         if stats["method"] == request.method.name:
-            self.finish(model, request, layers)
+            self.finish(model, request, plan)
         return stats
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
@@ -38,11 +39,13 @@ class Generation:
         call: keyword arguments of the pipeline's call besides the prompt.
         guidance_argument: the name of the pipeline's guidance parameter.
         video: the pipeline returns frames and audio, written as MP4, instead of an image, written as PNG.
+        adapt: from a loaded pipeline, arguments that depend on its components.
     """
 
     call: Mapping[str, Any]
     guidance_argument: str = "guidance_scale"
     video: bool = False
+    adapt: Callable[[DiffusionPipeline], Mapping[str, Any]] = lambda pipe: {}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from diffusers import (
     AutoencoderKLFlux2,
+    DiffusionPipeline,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
@@ -35,10 +38,21 @@ _KLEIN_9B = partial(
 )
 _SOURCE = "config.json of the repository; parameter counts agree with it"
 
+
+def _prompt_layers(pipe: DiffusionPipeline) -> Mapping[str, Any]:
+    """The text encoder's layers that become the prompt: a quarter, half and three quarters of the way up.
+
+    That is 9, 18, 27 of Qwen3's 36 and 10, 20, 30 of Mistral's 40, the pipelines' defaults, and holds for tiny models
+    too.
+    """
+    layers = pipe.text_encoder.config.get_text_config().num_hidden_layers
+    return {"text_encoder_out_layers": tuple(layers * quarter // 4 for quarter in (1, 2, 3))}
+
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2",
-    generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}),
+    generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
     casts_latents=False,
     published=(
         Published(

@@ -141,4 +141,4 @@ def _left_whole(model: nn.Module, component_type: str, granularity: str, source:
 
 
 def _weight_dtype(layers: Sequence[Layer]) -> torch.dtype | None:
-    return next((layer.module.weight.dtype for layer in layers if layer.config is not None), None)
+    return next((layer.weight.dtype for layer in layers if layer.config is not None), None)

@@ -55,7 +55,7 @@ def estimate_memory(
     check_name(component_type, COMPONENT_TYPES, "component_type")
     check_name(granularity, GRANULARITIES, "granularity")
     layers = decide_layers(model, row, component_type, granularity, skip_patterns)
-    quantized = {id(layer.module.weight): layer for layer in layers if layer.config is not None}
+    quantized = {id(layer.weight): layer for layer in layers if layer.config is not None}
     sizes: dict[tuple[torch.Size, str], int] = {}
     before = after = sum(map(tensor_bytes, model.buffers()))
     for parameter in model.parameters():
@@ -67,7 +67,7 @@ def estimate_memory(
 
 def _quantized_bytes(layer: Layer, dtype: torch.dtype, sizes: dict[tuple[torch.Size, str], int]) -> int:
     assert layer.config is not None
-    key = (layer.module.weight.shape, repr(layer.config))
+    key = (layer.weight.shape, repr(layer.config))
     if key not in sizes:
         weight = torch.empty(key[0], dtype=dtype, device="meta")
         sizes[key] = tensor_bytes(quantize_weight(weight, layer.config))

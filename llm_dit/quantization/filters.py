@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
@@ -41,6 +41,11 @@ class Layer:
     module: nn.Module
     config: AOBaseConfig | None
     reason: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself."""
+        return self.module.get_parameter("weight")
 
     @property
     def parameter(self) -> str:
@@ -97,9 +102,7 @@ def vae_refusal(method: str) -> str:
     return f"{method} is not offered for a vae, because {why}: use 'int8'"
 
 
-def _skip_reason(
-    name: str, module: nn.Module, method: Method, component_type: str, skip_patterns: Sequence[str]
-) -> str:
+def _skip_reason(name: str, module: nn.Module, method: Method, component_type: str, skip_patterns: Sequence[str]) -> str:
     if method.make_config is None:
         return "the method is 'none'"
     for pattern in COMPONENT_SKIPS[component_type]:

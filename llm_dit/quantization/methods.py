@@ -1,7 +1,8 @@
 """The quantization methods: one row each, and nothing about a method stands anywhere else.
 
-A method says which torchao configuration quantizes a layer (ours, which works in chunks of rows and cannot produce NaN),
-which stock configuration describes the result to plain diffusers and transformers, and which layers it cannot take.
+A method says which torchao configuration quantizes a layer (ours, which works in chunks of rows and cannot produce
+NaN), which stock configuration describes the result to plain diffusers and transformers, and which layers it cannot
+take.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Method:
         name: the string users write.
         summary: what it does, in a few words.
         bytes_per_weight: storage of one quantized weight, scales excluded.
-        make_config: from a granularity, the torchao configuration that our handlers take; None leaves the model as it is.
+        make_config: from a granularity, the torchao configuration that our handlers take; None leaves the model as it
+            is.
         make_stock_config: from a granularity, the stock torchao configuration that a saved folder records, or None
             where torchao has no stock tensor for the layout.
         fp8: True where the weights are float8, which wants compute capability 8.9 on CUDA.

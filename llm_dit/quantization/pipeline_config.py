@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..names import BACKENDS, GRANULARITIES, check_name
@@ -19,7 +19,8 @@ class PipelineQuantConfig:
         vae: method of VAEs, audio VAEs, vocoders and latent upsamplers ("none" or "int8").
         granularity: "per-row" or "per-tensor", read by the fp8 methods.
         skip: name patterns left in bf16, in every component.
-        backend: how quantized weights get into a component, "torchao", "layerwise" or "checkpoint": one name, or a mapping from
+        backend: how quantized weights get into a component, "torchao", "layerwise" or "checkpoint": one name, or a
+            mapping from
             roles or component names.
 
     Raises:
@@ -30,7 +31,7 @@ class PipelineQuantConfig:
     transformer: str = "none"
     vae: str = "none"
     granularity: str = "per-row"
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
     backend: str | Mapping[str, str] = "torchao"
 
     def __post_init__(self) -> None:

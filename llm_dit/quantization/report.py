@@ -94,8 +94,7 @@ class QuantizationReport:
         return {
             "device": self.device,
             "components": {
-                component.name: {**asdict(component), "skipped_layers": component.skipped_layers}
-                for component in self.components
+                component.name: {**asdict(component), "skipped_layers": component.skipped_layers} for component in self.components
             },
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

@@ -23,6 +23,12 @@ def tensor_bytes(tensor: Tensor) -> int:
     return sum(part.numel() * part.element_size() for part in plain_parts(tensor))
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of `model`; tied ones count once."""
-    return sum(map(tensor_bytes, model.parameters())) + sum(map(tensor_bytes, model.buffers()))
+def model_bytes(model: nn.Module, without: nn.Module | None = None) -> int:
+    """Bytes of the parameters and buffers of `model`; tied ones count once, and those that `without` has too not at all."""
+    counted = {id(tensor) for tensor in _tensors(without)} if without is not None else set()
+    return sum(tensor_bytes(tensor) for tensor in _tensors(model) if id(tensor) not in counted)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,7 +1,7 @@
 """What our own weight tensors share: they dequantize, then the ordinary operator runs in the dtype of the activation.
 
-A subclass lists its tensors and attributes as torchao's `TorchAOBaseTensor` asks, which gives it moving, copying, cloning,
-flattening for `torch.compile` and, registered with :func:`serializable`, safetensors.
+A subclass lists its tensors and attributes as torchao's `TorchAOBaseTensor` asks, which gives it moving, copying,
+cloning, flattening for `torch.compile` and, registered with :func:`serializable`, safetensors.
 """
 
 from __future__ import annotations

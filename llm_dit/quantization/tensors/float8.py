@@ -1,7 +1,8 @@
 """float8 (e4m3) weights as stock torchao `Float8Tensor`s that cannot turn a row of zeros into NaN.
 
-torchao 0.18 computes a scale as amax / 448 without a floor (pytorch/ao#4713): a row of zeros, in a weight or, with dynamic
-activations, in the zero-padded text of a prompt, becomes 0 / 0. `hp_value_lb` sets the floor, for weights and activations.
+torchao 0.18 computes a scale as amax / 448 without a floor (pytorch/ao#4713): a row of zeros, in a weight or, with
+dynamic activations, in the zero-padded text of a prompt, becomes 0 / 0. `hp_value_lb` sets the floor, for weights and
+activations.
 """
 
 from __future__ import annotations

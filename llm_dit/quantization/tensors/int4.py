@@ -1,8 +1,8 @@
 """int4 weights: nibbles packed in pairs, asymmetric groups of 128, dequantized and then multiplied.
 
-torchao's stock int4 kernels either need a package that no wheel index has for every card or multiply tile by tile, 14 times
-slower than bf16 at the thousands of tokens of a diffusion step. There the multiplication dominates and dequantizing a
-weight once per call is cheap, so this layout is made for dequantizing, on every device alike.
+torchao's stock int4 kernels either need a package that no wheel index has for every card or multiply tile by tile, 14
+times slower than bf16 at the thousands of tokens of a diffusion step. There the multiplication dominates and
+dequantizing a weight once per call is cheap, so this layout is made for dequantizing, on every device alike.
 """
 
 from __future__ import annotations
@@ -46,15 +46,11 @@ class Int4GroupTensor(DequantizedWeight):
     tensor_data_names = ["qdata", "scale", "zero_point"]
     tensor_attribute_names = ["group_size", "dtype"]
 
-    def __new__(
-        cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
-    ) -> Int4GroupTensor:
+    def __new__(cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> Int4GroupTensor:
         shape = (qdata.shape[0], qdata.shape[1] * 2)
         return torch.Tensor._make_wrapper_subclass(cls, shape, device=qdata.device, dtype=dtype, requires_grad=False)
 
-    def __init__(
-        self, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.qdata = qdata
         self.scale = scale
@@ -65,9 +61,7 @@ class Int4GroupTensor(DequantizedWeight):
         """[N, K] in `dtype`, computed in the dtype of the scales."""
         rows, groups = self.scale.shape
         nibbles = torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1).view(rows, groups, self.group_size)
-        weight = torch.addcmul(
-            self.zero_point.unsqueeze(-1), nibbles.to(self.scale.dtype), self.scale.unsqueeze(-1)
-        )
+        weight = torch.addcmul(self.zero_point.unsqueeze(-1), nibbles.to(self.scale.dtype), self.scale.unsqueeze(-1))
         return weight.view(rows, -1).to(dtype or self.dtype)
 
 

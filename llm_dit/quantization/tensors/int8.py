@@ -21,8 +21,9 @@ class Int8StreamConfig(AOBaseConfig):
 def quantize_int8(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
     """[N, K] -> `Int8Tensor` with qdata [N, K] int8, scale [N, 1] float32 and zero_point [N, 1] int8 (zeros).
 
-    float16 weights get two groups per row (scale [N, 2]) where K is even: torchao multiplies a one-scale row by the raw int8
-    values and scales afterwards, and sums of products of up to 127 overflow float16; grouped weights are dequantized first.
+    float16 weights get two groups per row (scale [N, 2]) where K is even: torchao multiplies a one-scale row by the
+    raw int8 values and scales afterwards, and sums of products of up to 127 overflow float16; grouped weights are
+    dequantized first.
     """
     columns = weight.shape[1]
     grouped = weight.dtype == torch.float16 and columns % 2 == 0

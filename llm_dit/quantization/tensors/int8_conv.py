@@ -1,8 +1,8 @@
 """int8 convolution weights, one scale per output channel.
 
-torchao has no convolution that runs everywhere: its int8 tensors lack `aten.convolution`, its fp8 ones need a package and
-sm100. A tensor subclass, and not a module, holds the weight, because the causal convolutions of the video VAEs subclass
-`nn.Conv3d` with forwards of their own.
+torchao has no convolution that runs everywhere: its int8 tensors lack `aten.convolution`, its fp8 ones need a package
+and sm100. A tensor subclass, and not a module, holds the weight, because the causal convolutions of the video VAEs
+subclass `nn.Conv3d` with forwards of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Int8ConvConfig(AOBaseConfig):
     """int8 convolution weights, symmetric.
 
     Attributes:
-        transposed: the weight is [C_in, C_out / groups, ...], as of `nn.ConvTranspose*`; else [C_out, C_in / groups, ...].
+        transposed: the weight is [C_in, C_out / groups, ...], as of `nn.ConvTranspose*`; else [C_out, C_in / groups,
+            ...].
     """
 
     transposed: bool = False
@@ -38,7 +39,8 @@ class Int8ConvTensor(DequantizedWeight):
 
     Tensor attributes:
         qdata: int8, the shape of the weight.
-        scale: float32, 1 in every dimension but the output channels': [C_out, 1, ...] or, transposed, [1, C_out, 1, ...].
+        scale: float32, 1 in every dimension but the output channels': [C_out, 1, ...] or, transposed, [1, C_out, 1,
+            ...].
 
     Non-tensor attributes:
         dtype: dtype of the weight that was quantized.

@@ -1,11 +1,11 @@
 """Quantizing in chunks of rows, on one device, into storage on another.
 
-torchao's `from_hp` needs 8 (int8) to 15 (fp8) bytes of scratch per element for the whole weight at once, which is 0.8 GB for
-the largest Linear of a 6 GB transformer and 2 GiB for FLUX.2. Rows are independent under per-row scales, so a chunk of
-rows gives the same bits with the scratch of a chunk.
+torchao's `from_hp` needs 8 (int8) to 15 (fp8) bytes of scratch per element for the whole weight at once, which is 0.8
+GB for the largest Linear of a 6 GB transformer and 2 GiB for FLUX.2. Rows are independent under per-row scales, so a
+chunk of rows gives the same bits with the scratch of a chunk.
 
-A handler registered with :func:`register_weight_handler` serves both ways of quantizing: torchao's `quantize_` (a module that
-is in memory) and a loader (a tensor that was just read, to be held on `target`).
+A handler registered with :func:`register_weight_handler` serves both ways of quantizing: torchao's `quantize_` (a
+module that is in memory) and a loader (a tensor that was just read, to be held on `target`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device |
     Args:
         weight: the weight, [N, K] of a Linear or [C_out, C_in, ...] of a convolution, on any device.
         config: one of the configurations of this package.
-        target: the device that holds the result; by default the weight's own. A weight bound for the CPU is quantized on
+        target: the device that holds the result; by default the weight's own. A weight bound for the CPU is quantized
+            on
             the GPU where there is one, chunk by chunk, which takes a tenth of the time and one chunk of its memory.
 
     Raises:

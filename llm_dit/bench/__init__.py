@@ -1,0 +1,1 @@
+"""Benchmarks: measured in fresh processes, reported as tables and JSON."""

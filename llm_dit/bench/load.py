@@ -1,0 +1,254 @@
+"""How long a pipeline takes to load and how much memory that takes: bf16, plain diffusers with torchao, and llm-dit.
+
+Every measurement is a fresh process over the same folder. Host memory is anonymous memory (`RssAnon`): mapped files
+are the page cache's and can be dropped. It is sampled every two milliseconds and counted from the level just before
+`from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..families import published_models
+from ..names import check_name
+from ..quantization.sizes import model_bytes
+
+MIB: Final = 1024**2
+IMPLEMENTATIONS: Final = ("bf16", "diffusers", "llm-dit")
+GEOMETRIES: Final = ("1gb", "klein-9b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement to make.
+
+    Attributes:
+        implementation: "bf16" (plain), "diffusers" (its TorchAoConfig) or "llm-dit".
+        method: the quantization method; "none" for bf16.
+        device_map: "cuda", "cpu" or None.
+    """
+
+    implementation: str
+    method: str
+    device_map: str | None = None
+
+    @property
+    def label(self) -> str:
+        method = "" if self.method == "none" else f" {self.method}"
+        place = f", device_map={self.device_map!r}" if self.device_map else ""
+        return f"{self.implementation}{method}{place}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one load took.
+
+    Attributes:
+        seconds: from the call of `from_pretrained` to its return; without device_map, on a GPU, moving there included.
+        held_bytes: storage of all components afterwards.
+        host_peak_bytes: peak of anonymous host memory above the level before.
+        device_peak_bytes: peak of allocated device memory, 0 without a GPU.
+        device_held_bytes: allocated device memory afterwards.
+    """
+
+    case: Case
+    seconds: float
+    held_bytes: int
+    host_peak_bytes: int
+    device_peak_bytes: int
+    device_held_bytes: int
+
+
+def build_folder(folder: Path, geometry: str) -> None:
+    """Writes a klein pipeline with random weights: at "1gb" about 1.2 GB in bf16, half of it text encoder.
+
+    Only the transformer (and at "1gb" the text encoder) has size; the rest is the tiny klein's.
+    """
+    from ..tiny import build
+
+    check_name(geometry, GEOMETRIES, "geometry")
+    if (folder / "model_index.json").is_file():
+        return
+    pipe = build("flux2-klein")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if geometry == "1gb":
+        pipe.transformer = _random(lambda: Flux2Transformer2DModel(**_SMALL_TRANSFORMER), device)
+        pipe.text_encoder = _random(_small_text_encoder, device)
+    else:
+        pipe.transformer = _random(published_models()[geometry].components["transformer"], device)
+    beside = folder.with_name(folder.name + ".part")
+    pipe.save_pretrained(beside, max_shard_size="5GB")
+    beside.rename(folder)
+
+
+_SMALL_TRANSFORMER: Final[dict[str, Any]] = {
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "num_attention_heads": 16,
+    "joint_attention_dim": 1536,
+    "guidance_embeds": False,
+}
+
+
+def _small_text_encoder() -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=6,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=512,
+        )
+    )
+
+
+def _random(make: Any, device: str) -> nn.Module:
+    """The model with random bfloat16 weights, made on `device`."""
+    with torch.device("meta"):
+        model = make().to(torch.bfloat16)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+    return model.eval()
+
+
+def default_cases() -> tuple[Case, ...]:
+    """The table's rows: int8 on the CPU, fp8-dynamic and int8 with and without device_map on a GPU."""
+    if not torch.cuda.is_available():
+        return (Case("bf16", "none"), Case("diffusers", "int8"), Case("llm-dit", "int8"), Case("llm-dit", "int4"))
+    cases = [Case("bf16", "none", "cuda"), Case("bf16", "none")]
+    for method in ("fp8-dynamic", "int8"):
+        for implementation in ("diffusers", "llm-dit"):
+            cases += [Case(implementation, method, "cuda"), Case(implementation, method)]
+    return (*cases, Case("llm-dit", "int4", "cuda"))
+
+
+def run(folder: Path, cases: tuple[Case, ...], repeats: int = 1) -> list[Measurement]:
+    """Measures each case in a fresh process; of several repeats the fastest counts, its memory with it."""
+    results = []
+    for case in tqdm(cases, desc="Loading", unit="case"):
+        runs = [_in_fresh_process(folder, case) for _ in range(repeats)]
+        results.append(min(runs, key=lambda run: run.seconds))
+    return results
+
+
+def _in_fresh_process(folder: Path, case: Case) -> Measurement:
+    arguments = [sys.executable, "-W", "ignore", "-m", "llm_dit.bench.load", str(folder), json.dumps(asdict(case))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case.label} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+    values = json.loads(done.stdout.strip().splitlines()[-1])
+    return Measurement(case, **values)
+
+
+def measure(folder: Path, case: Case) -> dict[str, Any]:
+    """Loads once in this process."""
+    load = _loader(case)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+    with _sampled_host_memory() as host:
+        start = time.perf_counter()
+        pipe = load(str(folder))
+        if cuda and case.device_map is None:
+            pipe.to("cuda")
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "held_bytes": sum(model_bytes(c) for c in pipe.components.values() if isinstance(c, nn.Module)),
+        "host_peak_bytes": max(host) - host[0],
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "device_held_bytes": torch.cuda.memory_allocated() if cuda else 0,
+    }
+
+
+def _loader(case: Case) -> Any:
+    """The call to measure, everything imported."""
+    from functools import partial
+
+    from diffusers import Flux2KleinPipeline, PipelineQuantizationConfig, TorchAoConfig
+    from transformers import TorchAoConfig as EncoderTorchAoConfig
+
+    from ..families.flux2 import QuantizableFlux2KleinPipeline
+    from ..quantization import get_method
+
+    keywords: dict[str, Any] = {"torch_dtype": torch.bfloat16}
+    if case.device_map:
+        keywords["device_map"] = case.device_map
+    if case.implementation == "llm-dit":
+        both = {"transformer": case.method, "encoder": case.method}
+        return partial(QuantizableFlux2KleinPipeline.from_pretrained, quantization=both, **keywords)
+    if case.implementation == "diffusers":
+        make_stock = get_method(case.method).make_stock_config
+        assert make_stock is not None
+        stock = make_stock("per-row")
+        mapping = {"transformer": TorchAoConfig(stock), "text_encoder": EncoderTorchAoConfig(stock)}
+        keywords["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
+    return partial(Flux2KleinPipeline.from_pretrained, **keywords)
+
+
+@contextmanager
+def _sampled_host_memory() -> Iterator[list[int]]:
+    """Samples of this process's anonymous memory in bytes; the first is the level at the start."""
+    samples = [_anonymous_bytes()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(_anonymous_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+        samples.append(_anonymous_bytes())
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not report anonymous memory in /proc/self/status: run the benchmark on Linux")
+
+
+def table(results: list[Measurement]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| load | s | held MiB | host peak MiB | device peak MiB | device held MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cells = (result.held_bytes, result.host_peak_bytes, result.device_peak_bytes, result.device_held_bytes)
+        lines.append(f"| {result.case.label} | {result.seconds:.1f} | " + " | ".join(f"{c / MIB:.0f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), Case(**json.loads(sys.argv[2])))))

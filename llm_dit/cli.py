@@ -1,0 +1,313 @@
+"""The command line. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="llm-dit",
+    help="Quantize FLUX.2, LTX-2, Z-Image and Qwen-Image pipelines while they load.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+# Piped output has no width of its own, and 80 columns would break every table.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+METHODS_HELP = "none, fp8-dynamic, fp8-weight-only, int8 or int4"
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A folder or a repository id.")]
+Quantization = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}; or auto.")]
+ForTransformer = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}.")]
+ForEncoder = Annotated[str | None, typer.Option(help=f"Method of the text encoder: {METHODS_HELP}.")]
+ForVae = Annotated[str | None, typer.Option(help="Method of the VAE: none or int8.")]
+Granularity = Annotated[str | None, typer.Option(help="per-row or per-tensor, for the fp8 methods.")]
+Backend = Annotated[str | None, typer.Option(help="torchao, layerwise or checkpoint.")]
+Skip = Annotated[list[str] | None, typer.Option(help="A name pattern left in bf16; may be given several times.")]
+Config = Annotated[str | None, typer.Option(help="A config.toml; options win over it.")]
+TransformerFile = Annotated[str | None, typer.Option(help="An official fp8 checkpoint of the transformer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _load_keywords(
+    quantization: str | None,
+    transformer: str | None,
+    encoder: str | None,
+    vae: str | None,
+    granularity: str | None,
+    backend: str | None,
+    skip: list[str] | None,
+    config: str | None,
+    transformer_file: str | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments of `from_pretrained` that were given."""
+    keywords = {
+        "quantization": quantization,
+        "quantization_transformer": transformer,
+        "quantization_encoder": encoder,
+        "quantization_vae": vae,
+        "quantization_granularity": granularity,
+        "quantization_backend": backend,
+        "quantization_skip": skip or None,
+        "config": config,
+        "transformer_file": transformer_file,
+    }
+    return {name: value for name, value in keywords.items() if value is not None}
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="out.png, or out.mp4 for LTX-2.")] = None,
+    quantization: Quantization = None,
+    quantization_transformer: ForTransformer = None,
+    quantization_encoder: ForEncoder = None,
+    quantization_vae: ForVae = None,
+    quantization_granularity: Granularity = None,
+    quantization_backend: Backend = None,
+    skip: Skip = None,
+    config: Config = None,
+    transformer_file: TransformerFile = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = None,
+    compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option()] = None,
+    height: Annotated[int | None, typer.Option()] = None,
+    width: Annotated[int | None, typer.Option()] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu; the first there is by default.")] = "",
+    offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
+) -> None:
+    """Generate an image or a clip."""
+    from .families import get_family
+    from .generate import GenerateOptions
+    from .generate import generate as run
+    from .load import pipeline_class_of
+
+    family = get_family(context.obj) if context.obj else None
+    source = model or (family.published[0].repo_id if family else None)
+    if source is None:
+        raise ValueError("which model? give --model a folder or a repository id")
+    found = pipeline_class_of(source).family
+    if family and found.name != family.name:
+        raise ValueError(f"{source!r} holds a {found.title} pipeline: use pipelines/{found.name}.py or llm-dit generate")
+    load = _load_keywords(
+        quantization,
+        quantization_transformer,
+        quantization_encoder,
+        quantization_vae,
+        quantization_granularity,
+        quantization_backend,
+        skip,
+        config,
+        transformer_file,
+    )
+    load |= {k: v for k, v in {"compile": compile, "compile_mode": compile_mode}.items() if v is not None}
+    call = {
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+    }
+    target = output or Path("out.mp4" if found.generation.video else "out.png")
+    result = run(GenerateOptions(source, prompt, target, load, call, guidance, seed, device, offload))
+    console.print(str(result.pipe.quantization_report), markup=False, soft_wrap=True)
+    console.print(f"{result.output}: loaded in {result.load_seconds:.1f} s, made in {result.generate_seconds:.1f} s")
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder or a repository id.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    quantization: Quantization = None,
+    quantization_transformer: ForTransformer = None,
+    quantization_encoder: ForEncoder = None,
+    quantization_vae: ForVae = None,
+    quantization_granularity: Granularity = None,
+    skip: Skip = None,
+    config: Config = None,
+) -> None:
+    """Load a pipeline, quantize it and save it."""
+    from .load import load_pipeline
+
+    if output.exists():
+        raise ValueError(f"{str(output)!r} exists already: give a folder that does not")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {str(output.absolute().parent)!r} to write into: make it first")
+    load = _load_keywords(
+        quantization,
+        quantization_transformer,
+        quantization_encoder,
+        quantization_vae,
+        quantization_granularity,
+        None,
+        skip,
+        config,
+    )
+    pipe = load_pipeline(model, **load)
+    beside = output.with_name(f"{output.name}.part")
+    pipe.save_pretrained(beside)
+    beside.rename(output)
+    console.print(str(pipe.quantization_report), markup=False, soft_wrap=True)
+    console.print(f"saved to {output}")
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A folder, a repository id, a name such as klein-9b, or a class.")],
+    quantization_granularity: Granularity = None,
+    skip: Skip = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exact weight bytes per component and method; downloads and loads no weights."""
+    from .estimate import estimate_pipeline
+    from .quantization import VALID_METHODS
+    from .quantization.report import format_bytes
+
+    result = estimate_pipeline(model, quantization_granularity or "per-row", skip or ())
+    if as_json:
+        console.print_json(json.dumps(result.to_dict()))
+        return
+    table = Table("component", "role", "parameters", *VALID_METHODS, title=f"{result.source}: {result.pipeline_class}")
+    for component in result.components:
+        cells = [format_bytes(component.bytes_for(m)) if m in component.methods else "-" for m in VALID_METHODS]
+        if component.saved:
+            cells = [f"saved: {format_bytes(component.saved)}"] + [""] * (len(VALID_METHODS) - 1)
+        table.add_row(component.name, component.role, f"{component.parameters / 1e6:,.1f} M", *cells)
+    console.print(table)
+
+
+@app.command()
+def recommend(
+    model: Annotated[str | None, typer.Argument(help="A folder, a repository id, a name, or a class.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which method for which component on this machine, and why."""
+    from .estimate import estimate_pipeline
+    from .quantization import detect_hardware
+    from .recommend import recommend as decide
+
+    result = decide(detect_hardware(), estimate_pipeline(model) if model else None)
+    if as_json:
+        console.print_json(json.dumps({"methods": dict(result.methods), "reasons": list(result.reasons)}))
+        return
+    for role, method in result.methods.items():
+        console.print(f"{role}: {method}")
+    for reason in result.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A pipeline folder or a .safetensors file.")],
+    as_json: AsJson = False,
+) -> None:
+    """What a pipeline folder or a checkpoint file holds."""
+    from .inspection import inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        console.print_json(json.dumps(found))
+        return
+    components = found.pop("components", None)
+    for key, value in found.items():
+        console.print(f"{key}: {value}", markup=False, soft_wrap=True)
+    for name, component in (components or {}).items():
+        console.print(f"{name}: {component}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the pipeline and demo.png go.")] = Path("demo"),
+    method: Annotated[str, typer.Option(help=f"Method of transformer and encoder: {METHODS_HELP}.")] = "int8",
+) -> None:
+    """Build a tiny Z-Image, load it quantized, and generate on the CPU."""
+    from .demo import run_demo
+
+    result = run_demo(folder, method)
+    console.print(str(result.pipe.quantization_report), markup=False, soft_wrap=True)
+    console.print(f"wrote {result.output} in {result.generate_seconds:.1f} s (random weights: the picture is noise)")
+
+
+@bench_app.command()
+def load(
+    geometry: Annotated[str, typer.Option(help="1gb or klein-9b.")] = "1gb",
+    folder: Annotated[Path | None, typer.Option(help="Where the random weights lie; kept between runs.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each case; the fastest counts.")] = 1,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Load time and peak memory: bf16, plain diffusers + TorchAoConfig, llm-dit."""
+    import tempfile
+    from dataclasses import asdict
+
+    from .bench import load as bench
+
+    place = folder or Path(tempfile.gettempdir()) / f"llm-dit-bench-{geometry}"
+    bench.build_folder(place, geometry)
+    results = bench.run(place, bench.default_cases(), repeats)
+    console.print(bench.table(results), markup=False, soft_wrap=True)
+    if output:
+        output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> NoReturn:
+    """The entry point `llm-dit`."""
+    _run()
+
+
+def run_family_script(family: str) -> NoReturn:
+    """`pipelines/<family>.py`: `generate`, for one family."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command()(generate)
+    _run(script, obj=family)
+
+
+def run_command(*words: str) -> NoReturn:
+    """Runs a subcommand with the process's own arguments."""
+    _run(args=[*words, *sys.argv[1:]])
+
+
+def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any = None) -> NoReturn:
+    """Runs an app; a failure is one line on standard error and exit code 2, never a traceback."""
+    _quiet_imports()
+    try:
+        typer_app(args=args, standalone_mode=False, obj=obj)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except (click.Abort, KeyboardInterrupt):
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, KeyError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(0)
+
+
+def _quiet_imports() -> None:
+    """Silences what torchao 0.18, diffusers 0.42 and transformers 5 say at import about optional parts that are not there."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("torchao", "diffusers.quantizers.torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

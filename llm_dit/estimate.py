@@ -1,0 +1,199 @@
+"""What a pipeline will hold under each method, from its configuration alone: no weights are downloaded or read."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from .families import get_family, pipeline_classes, published_models
+from .families.base import Family, Published
+from .load import pipeline_class_of
+from .mixin import QuantizablePipelineMixin, diffusers_class
+from .names import nearest
+from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
+from .safetensors_header import read_header
+
+
+@dataclass(frozen=True)
+class ComponentEstimate:
+    """Weight bytes of one component.
+
+    Attributes:
+        name: its name in the pipeline.
+        role: "encoder", "transformer" or "vae".
+        class_name: its class.
+        parameters: how many parameters it has.
+        methods: by method, its estimate; methods that cannot be used on it are missing.
+        saved: bytes of its files if it was saved quantized, else 0; the methods do not apply to it then.
+    """
+
+    name: str
+    role: str
+    class_name: str
+    parameters: int
+    methods: Mapping[str, MemoryEstimate]
+    saved: int = 0
+
+    def bytes_for(self, method: str) -> int:
+        """Bytes under `method`, or as saved."""
+        return self.saved or self.methods[method].bytes_after
+
+
+@dataclass(frozen=True)
+class PipelineEstimate:
+    """Weight bytes of a pipeline, component by component."""
+
+    source: str
+    pipeline_class: str
+    components: tuple[ComponentEstimate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, for JSON."""
+        return {
+            "source": self.source,
+            "pipeline_class": self.pipeline_class,
+            "components": {
+                component.name: {
+                    "role": component.role,
+                    "class_name": component.class_name,
+                    "parameters": component.parameters,
+                    "saved_bytes": component.saved,
+                    "bytes": {name: estimate.bytes_after for name, estimate in component.methods.items()},
+                }
+                for component in self.components
+            },
+        }
+
+
+def estimate_pipeline(
+    source: str,
+    granularity: str = "per-row",
+    skip_patterns: Sequence[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    **hub: Any,
+) -> PipelineEstimate:
+    """The exact weight bytes of every component under every method.
+
+    Args:
+        source: a folder, a repository id (only its .json files are fetched), an offline name such as "klein-9b", or
+            the name
+            of a pipeline class, which stands for the family's published model of that class.
+        granularity, skip_patterns, dtype: as in `estimate_memory`.
+        **hub: where to find a repository, e.g. `revision`.
+
+    Raises:
+        ValueError: if `source` is none of these.
+    """
+    cls, makers = _components(source, hub)
+    components = []
+    for name, make in makers.items():
+        role = cls.component_role(name)
+        if role is None:
+            continue
+        model, saved = make()
+        components.append(_estimate(name, role, model, saved, granularity, skip_patterns, dtype))
+    return PipelineEstimate(source, diffusers_class(cls).__name__, tuple(components))
+
+
+Maker = Callable[[], tuple[nn.Module, int]]
+"""Builds a component on meta; the second value is the bytes of its files if it was saved quantized, else 0."""
+
+
+def _components(source: str, hub: Mapping[str, Any]) -> tuple[type[QuantizablePipelineMixin], dict[str, Maker]]:
+    published = published_models()
+    classes = pipeline_classes()
+    key = source if source.startswith("Quantizable") else f"Quantizable{source}"
+    if source in published:
+        model = published[source]
+        return classes[f"Quantizable{model.pipeline_class}"], _published_makers(model)
+    if key in classes:
+        return classes[key], _published_makers(_published_for(classes[key]))
+    folder = Path(source)
+    if not folder.is_dir():
+        if "/" not in source:
+            raise ValueError(
+                f"{source!r} is no folder, published model or pipeline class: "
+                f"{nearest(source, [*published, *(name.removeprefix('Quantizable') for name in classes)])}"
+            )
+        folder = Path(snapshot_download(source, allow_patterns=["*.json"], **hub))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if _has_index(folder) else {}
+    cls = pipeline_class_of(folder)
+    return cls, {
+        name: lambda path=folder / name, entry=entry: _from_config(path, *entry)
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
+    }
+
+
+def _has_index(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def _published_for(cls: type[QuantizablePipelineMixin]) -> Published:
+    """The published model of a class, or, for a sibling, the family's first."""
+    family: Family = get_family(cls.family.name)
+    name = diffusers_class(cls).__name__
+    exact = [model for model in family.published if model.pipeline_class == name]
+    return (exact or list(family.published))[0]
+
+
+def _published_makers(model: Published) -> dict[str, Maker]:
+    def maker(make: Callable[[], nn.Module]) -> Maker:
+        def build() -> tuple[nn.Module, int]:
+            with torch.device("meta"):
+                return make(), 0
+
+        return build
+
+    return {name: maker(make) for name, make in model.components.items()}
+
+
+def _from_config(path: Path, library: str, class_name: str) -> tuple[nn.Module, int]:
+    """A component on meta from its saved configuration."""
+    module = importlib.import_module(f"diffusers.pipelines.{library}") if hasattr(diffusers.pipelines, library) else None
+    cls = getattr(module or importlib.import_module(library), class_name)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    saved = _file_bytes(path) if config.get("quantization_config") else 0
+    with torch.device("meta"):
+        if issubclass(cls, transformers.PreTrainedModel):
+            loaded = transformers.AutoConfig.from_pretrained(path)
+            if hasattr(loaded, "quantization_config"):
+                del loaded.quantization_config
+            return cls._from_config(loaded), saved
+        config.pop("quantization_config", None)
+        return cls.from_config(config), saved
+
+
+def _file_bytes(path: Path) -> int:
+    """Bytes of the tensors in a component's safetensors files, from their headers."""
+    return sum(read_header(file).nbytes for file in path.glob("*.safetensors"))
+
+
+def _estimate(
+    name: str,
+    role: str,
+    model: nn.Module,
+    saved: int,
+    granularity: str,
+    skip_patterns: Sequence[str],
+    dtype: torch.dtype,
+) -> ComponentEstimate:
+    methods = {}
+    for method in VALID_METHODS:
+        if role == "vae" and method not in ("none", "int8"):
+            continue
+        estimate = estimate_memory(model, method, role, granularity, skip_patterns, dtype)
+        if estimate.quantized_layers or METHODS[method].make_config is None:
+            methods[method] = estimate
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ComponentEstimate(name, role, type(model).__name__, parameters, methods, saved)

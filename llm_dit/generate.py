@@ -1,0 +1,156 @@
+"""Prompt in, PNG or MP4 out: the code behind `llm-dit generate` and the scripts under pipelines/."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from PIL import Image
+
+from .load import load_pipeline
+from .mixin import QuantizablePipelineMixin
+from .names import check_name, nearest
+
+logger = logging.getLogger(__name__)
+OFFLOADS: Final = ("none", "model", "sequential")
+FRAME_RATE: Final = 24.0
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """One generation.
+
+    Attributes:
+        model: a folder or repository id.
+        prompt: the prompt.
+        output: the file to write, .png or .mp4.
+        load: keyword arguments of `from_pretrained`, quantization* among them.
+        call: keyword arguments of the pipeline's call, over the family's defaults; None values are left out.
+        guidance: value of the pipeline's guidance parameter, whatever it is called.
+        seed: seed of the noise.
+        device: "cuda", "cpu", or "" for the first that there is.
+        offload: "none", "model" (one component on the device at a time) or "sequential".
+    """
+
+    model: str
+    prompt: str
+    output: Path
+    load: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+    guidance: float | None = None
+    seed: int = 0
+    device: str = ""
+    offload: str = "none"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of it.
+
+    Attributes:
+        output: the file written.
+        pipe: the pipeline, with its report.
+        load_seconds, generate_seconds: time of the two parts.
+    """
+
+    output: Path
+    pipe: QuantizablePipelineMixin
+    load_seconds: float
+    generate_seconds: float
+
+
+def generate(options: GenerateOptions) -> Generated:
+    """Loads a pipeline, generates once and writes the file.
+
+    Raises:
+        ValueError: for an argument that the pipeline does not take, or an output of the wrong kind.
+    """
+    check_name(options.offload, OFFLOADS, "offload")
+    start = time.perf_counter()
+    pipe = load(options)
+    loaded = time.perf_counter()
+    call = call_arguments(pipe, options)
+    check_output(options.output, pipe.family.generation.video)
+    result = pipe(**call)
+    write_output(options.output, result, pipe, call)
+    return Generated(options.output, pipe, loaded - start, time.perf_counter() - loaded)
+
+
+def load(options: GenerateOptions) -> QuantizablePipelineMixin:
+    """The pipeline of `options`, on its device or offloaded."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_device = options.offload == "none" and device != "cpu"
+    keywords = {"torch_dtype": torch.bfloat16, **options.load}
+    pipe = load_pipeline(options.model, **({"device_map": device} if on_device else {}), **keywords)
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif options.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    return pipe
+
+
+def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> dict[str, Any]:
+    """The keyword arguments of the call: what the user gave, over what the family recommends.
+
+    A default that this pipeline of the family does not take is left out; an argument of the user's is refused.
+    """
+    family = pipe.family.generation
+    accepted = tuple(inspect.signature(pipe.__call__).parameters)
+    given = {name: value for name, value in options.call.items() if value is not None}
+    if options.guidance is not None:
+        given[family.guidance_argument] = options.guidance
+    for name in given:
+        if name not in accepted:
+            raise ValueError(f"{type(pipe).__name__} takes no argument {name!r}: {nearest(name, accepted)}")
+    if "prompt" not in accepted:
+        raise ValueError(f"{type(pipe).__name__} takes no prompt: call it from Python with the inputs it wants")
+    defaults = {**family.call, **family.adapt(pipe)}
+    arguments = {name: value for name, value in defaults.items() if name in accepted}
+    return {
+        **arguments,
+        **given,
+        "prompt": options.prompt,
+        "generator": torch.Generator("cpu").manual_seed(options.seed),
+    }
+
+
+def check_output(output: Path, video: bool) -> None:
+    """Raises ValueError unless the file's ending fits what is written, or its folder does not exist."""
+    wanted = ".mp4" if video else ".png"
+    if output.suffix.lower() != wanted:
+        raise ValueError(f"the output {str(output)!r} must end in {wanted}, which is what this pipeline makes")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {str(output.absolute().parent)!r} to write {output.name!r} into: make it first")
+
+
+def write_output(output: Path, result: Any, pipe: QuantizablePipelineMixin, call: Mapping[str, Any]) -> None:
+    """Writes the first result beside its place and then moves it there, so that a failure leaves no half file."""
+    beside = output.with_name(f".{output.stem}.part{output.suffix}")
+    try:
+        if pipe.family.generation.video:
+            _write_video(beside, result, pipe, float(call.get("frame_rate", FRAME_RATE)))
+        else:
+            images = result.images
+            image = images[0][0] if isinstance(images[0], list) else images[0]
+            assert isinstance(image, Image.Image)
+            image.save(beside)
+        beside.replace(output)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def _write_video(path: Path, result: Any, pipe: QuantizablePipelineMixin, frame_rate: float) -> None:
+    from diffusers.utils import encode_video
+
+    audio = getattr(result, "audio", None)
+    waveform = audio[0].float().cpu() if audio is not None else None
+    rate = pipe.vocoder.config.output_sampling_rate if waveform is not None else None
+    encode_video(result.frames[0], int(frame_rate), str(path), audio=waveform, audio_sample_rate=rate)

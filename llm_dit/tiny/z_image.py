@@ -1,0 +1,218 @@
+"""Tiny Z-Image: a single-stream transformer, Qwen3 and FLUX.1's autoencoder; with controls, and Omni's SigLIP.
+
+The padding tokens, the ControlNet's projections and every other part that starts at zero get random weights here:
+a part that adds nothing cannot show that it was quantized badly, or not loaded at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImageOmniPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from PIL import Image
+from transformers import AutoModel, Qwen3Config, Siglip2ImageProcessorPil, Siglip2VisionConfig
+
+from llm_dit.tiny.spec import TinyPipeline
+from llm_dit.tiny.tokenizers import qwen2_tokenizer
+
+SIZE = 64
+"""Side of every picture in pixels: the least that FLUX.2 and Omni accept as a reference."""
+
+PROMPT = "a red circle above a blue square"
+
+BLOCKS: Mapping[str, Any] = {"dim": 128, "n_heads": 4, "n_kv_heads": 4, "n_refiner_layers": 2}
+"""What the ControlNet shares with the transformer; the MLP is int(128 / 3 * 8) = 341 wide."""
+
+TRANSFORMER: Mapping[str, Any] = {**BLOCKS, "n_layers": 2, "cap_feat_dim": 128, "axes_dims": [8, 12, 12]}
+
+AUTOENCODER: Mapping[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (32, 32, 32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+"""What the autoencoders of FLUX.1 and FLUX.2 share: four levels, as published, so that latents are 8 times smaller."""
+
+
+def seeded(make: Callable[[], Any], seed: int) -> Any:
+    """The model that `make` constructs, in bfloat16, with random weights that keep the variance of what passes through.
+
+    Constructors leave some parameters at zero and scale others so that every branch is faint; then a quantization error
+    is either invisible or out of proportion. The global random state and default dtype are left as they were.
+    """
+    default = torch.get_default_dtype()
+    # Not `.to(bfloat16)`: loading constructs under the default dtype, and keeps the rotary frequencies in float32.
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = make().eval()
+    finally:
+        torch.set_default_dtype(default)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(0.02 * noise)
+            else:
+                parameter.copy_(1 + 0.05 * noise)
+    return model
+
+
+def qwen3_config() -> Qwen3Config:
+    """Qwen3 with tied embeddings, as the 4B model has them; its MLP's width is no multiple of a group."""
+    return Qwen3Config(
+        vocab_size=400,
+        hidden_size=128,
+        intermediate_size=120,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+
+
+def picture(shift: int = 0) -> Image.Image:
+    """Colour gradients, the same at every call; `shift` moves them, for a second picture that differs."""
+    rows, columns = np.indices((SIZE, SIZE))
+    channels = [4 * rows + shift, 4 * columns, 2 * (rows + columns) + shift]
+    return Image.fromarray(np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8))
+
+
+def mask() -> Image.Image:
+    """White, to paint anew, on the left half."""
+    return Image.fromarray(np.where(np.indices((SIZE, SIZE))[1] < SIZE // 2, 255, 0).astype(np.uint8))
+
+
+def _pipeline(pipeline_class: Callable[..., Any], **others: Any) -> DiffusionPipeline:
+    """A pipeline of the shared components and of `others`, which go before the shared ones."""
+    shared = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": seeded(
+            lambda: AutoencoderKL(
+                **AUTOENCODER,
+                latent_channels=16,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            seed=1,
+        ),
+        "text_encoder": seeded(lambda: AutoModel.from_config(qwen3_config()), seed=2),
+        "tokenizer": qwen2_tokenizer(),
+        "transformer": seeded(lambda: ZImageTransformer2DModel(**TRANSFORMER), seed=3),
+    }
+    return pipeline_class(**{**shared, **others})
+
+
+def _controlled(pipeline_class: Callable[..., Any], **config: Any) -> DiffusionPipeline:
+    """A pipeline with a ControlNet that steers both layers of the transformer."""
+    controlnet = seeded(lambda: ZImageControlNetModel(control_layers_places=[0, 1], **BLOCKS, **config), seed=4)
+    return _pipeline(pipeline_class, controlnet=controlnet)
+
+
+def _omni() -> DiffusionPipeline:
+    """The pipeline whose transformer also reads what SigLIP sees in the reference pictures."""
+    vision = Siglip2VisionConfig(
+        hidden_size=128,
+        intermediate_size=120,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=16,
+        num_patches=16,
+    )
+    return _pipeline(
+        ZImageOmniPipeline,
+        transformer=seeded(lambda: ZImageTransformer2DModel(**TRANSFORMER, siglip_feat_dim=128), seed=3),
+        siglip=seeded(lambda: AutoModel.from_config(vision), seed=5),
+        siglip_processor=Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16),
+    )
+
+
+def _call(**others: Any) -> dict[str, Any]:
+    """Two steps at the smallest size; `others` add to that or go before it."""
+    return {
+        "prompt": PROMPT,
+        "num_inference_steps": 2,
+        # Guided, but faintly: the difference of the two predictions magnifies every rounding error.
+        "guidance_scale": 0.5,
+        "max_sequence_length": 64,
+        "output_type": "pt",
+        "generator": torch.Generator().manual_seed(0),
+        **others,
+    }
+
+
+def _generate() -> dict[str, Any]:
+    return _call(height=SIZE, width=SIZE)
+
+
+def _edit() -> dict[str, Any]:
+    # Half the strength of four steps leaves two.
+    return _call(image=picture(), strength=0.5, num_inference_steps=4)
+
+
+def _inpaint() -> dict[str, Any]:
+    return _call(image=picture(), mask_image=mask(), strength=1.0)
+
+
+def _control() -> dict[str, Any]:
+    return {**_generate(), "control_image": picture(shift=64)}
+
+
+def _control_inpaint() -> dict[str, Any]:
+    return {**_control(), "image": picture(), "mask_image": mask()}
+
+
+def _compose() -> dict[str, Any]:
+    return _call(image=[picture()])
+
+
+PIPELINES: tuple[TinyPipeline, ...] = (
+    TinyPipeline("z-image", "ZImagePipeline", partial(_pipeline, ZImagePipeline), _generate),
+    TinyPipeline("z-image-img2img", "ZImageImg2ImgPipeline", partial(_pipeline, ZImageImg2ImgPipeline), _edit),
+    TinyPipeline("z-image-inpaint", "ZImageInpaintPipeline", partial(_pipeline, ZImageInpaintPipeline), _inpaint),
+    TinyPipeline(
+        "z-image-controlnet",
+        "ZImageControlNetPipeline",
+        # The layout of the first ControlNet: the control passes a refiner of its own.
+        partial(_controlled, ZImageControlNetPipeline, control_in_dim=16),
+        _control,
+    ),
+    TinyPipeline(
+        "z-image-controlnet-inpaint",
+        "ZImageControlNetInpaintPipeline",
+        # The second layout, the only one that takes a mask: 16 channels of control, 1 of mask, 16 of picture.
+        partial(
+            _controlled,
+            ZImageControlNetInpaintPipeline,
+            control_in_dim=33,
+            control_refiner_layers_places=[0, 1],
+            add_control_noise_refiner="control_noise_refiner",
+        ),
+        _control_inpaint,
+    ),
+    TinyPipeline("z-image-omni", "ZImageOmniPipeline", _omni, _compose),
+)
