@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def _components(source: str, hub: Mapping[str, Any]) -> tuple[type[QuantizablePi
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if _has_index(folder) else {}
     cls = pipeline_class_of(folder)
     return cls, {
-        name: lambda path=folder / name, entry=entry: _from_config(path, *entry)
+        name: partial(_from_config, folder / name, *entry)
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
     }

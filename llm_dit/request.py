@@ -1,8 +1,8 @@
-"""What a call of `from_pretrained` asks for: keyword arguments over config.toml over defaults, checked before anything is read."""
+"""What a call of `from_pretrained` asks for: keyword arguments over config.toml over defaults, checked before a read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Self
@@ -27,7 +27,7 @@ class LoadOptions:
     quantization_vae: str | None = None
     quantization_granularity: str | None = None
     quantization_backend: str | Mapping[str, str] | None = None
-    quantization_skip: tuple[str, ...] | list[str] | None = None
+    quantization_skip: Sequence[str] | None = None
     transformer_file: str | PathLike[str] | None = None
     activation_scale: str = "dynamic"
     config: str | PathLike[str] | RuntimeConfig | None = None
@@ -89,12 +89,12 @@ class LoadRequest:
                 "activation_scale at 'dynamic'"
             )
         granularity = options.quantization_granularity or base.granularity
-        skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip  # type: ignore[arg-type]
+        skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compile_mode = options.compile_mode or section.compile_mode
         return cls(
             methods=methods,
             granularity=check_name(granularity, GRANULARITIES, "quantization_granularity"),
-            skip=skip,
+            skip=tuple(skip),
             backends=backends,
             asked=frozenset(name for name, method in given.items() if method != "none"),
             transformer_file=transformer_file,

@@ -19,7 +19,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 CHUNK_ELEMENTS = 4 * 1024 * 1024
-"""Elements quantized at a time: at 15 bytes of scratch each about 63 MB, and 8 MB of bf16, enough to keep a GPU's copy engine busy."""
+"""Elements quantized at a time: about 63 MB of scratch at 15 bytes each, and 8 MB of bf16, enough to keep a copy engine busy."""
 
 
 class WeightQuantizer(Protocol):
