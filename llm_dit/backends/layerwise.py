@@ -123,6 +123,6 @@ def _cast_read(value: Tensor, device: torch.device) -> Tensor:
         return value.to(device)
     limit = torch.finfo(STORAGE_DTYPE).max
     result = torch.empty(value.shape, dtype=STORAGE_DTYPE, device=device)
-    for chunk in row_chunks(value) if value.ndim else ():
+    for chunk in row_chunks(value, device) if value.ndim else ():
         result[chunk] = value[chunk].to(device).clamp(-limit, limit).to(STORAGE_DTYPE)
     return result

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from ..quantization.filters import Layer
 from .base import LoadPlan, Transform
+from .host_memory import HostMemory
 
 Planner = Callable[[nn.Module], LoadPlan]
 QUANT_METHOD = "llm_dit"
@@ -79,6 +80,7 @@ class _Streaming:
     transforms: Mapping[str, Transform]
     layers: Sequence[Layer]
     progress: tqdm
+    host_memory: HostMemory
 
     def make_plan(self, model: nn.Module) -> None:
         if self.quantization_config.planner is None:
@@ -88,6 +90,7 @@ class _Streaming:
             )
         plan = self.quantization_config.planner(model)
         self.transforms, self.layers = plan.transforms, plan.layers
+        self.host_memory = HostMemory()
         self.progress = tqdm(total=len(plan.transforms), desc=f"Quantizing {type(model).__name__}", delay=2, leave=False)
 
     def transform(self, name: str, value: Tensor, device: torch.device) -> nn.Parameter:
@@ -96,6 +99,8 @@ class _Streaming:
         except ValueError as error:
             raise ValueError(f"parameter {name!r} cannot be quantized: {error}") from error
         self.progress.update()
+        if device.type == "cpu":
+            self.host_memory.quantized(value.numel() * value.element_size())
         return nn.Parameter(quantized, requires_grad=False)
 
 

@@ -8,33 +8,34 @@ from torchao.utils import TorchAOBaseTensor
 
 from .detect import FP8_DTYPES
 from .sizes import plain_parts
+from .tensors.stream import row_chunks
 
 
 def probe_finite(model: nn.Module) -> None:
     """Checks the quantized weights of `model`.
 
-    Every scale must be finite. Of every kind of quantized Linear (layout and shape) one is run on a row of noise and a
-    row of zeros, the row that makes unguarded fp8 divide zero by zero.
+    Every scale must be finite, and so must raw fp8 weights. Of every layout the smallest Linear is run on a row of noise and a
+    row of zeros, the row that makes unguarded fp8 divide zero by zero; a large one would take more memory than the load.
 
     Raises:
         RuntimeError: naming the layers that failed.
     """
-    bad, probed = [], set()
+    bad: list[str] = []
+    smallest: dict[type, tuple[str, nn.Linear]] = {}
     with torch.no_grad():
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
             if weight is None or weight.is_meta:
                 continue
-            kind = (type(weight), type(module), tuple(weight.shape))
             if isinstance(weight, TorchAOBaseTensor):
-                finite = _scales_finite(weight) and (kind in probed or _runs_finite(module, weight))
-            elif weight.dtype in FP8_DTYPES:
-                finite = kind in probed or bool(torch.isfinite(weight.to(torch.bfloat16)).all())
-            else:
-                continue
-            probed.add(kind)
-            if not finite:
+                if not _scales_finite(weight):
+                    bad.append(name)
+                _, least = smallest.get(type(weight), ("", None))
+                if isinstance(module, nn.Linear) and (least is None or weight.numel() < least.weight.numel()):
+                    smallest[type(weight)] = (name, module)
+            elif weight.dtype in FP8_DTYPES and not _raw_finite(weight):
                 bad.append(name)
+        bad += [name for name, module in smallest.values() if name not in bad and not _runs_finite(module)]
     if bad:
         listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise RuntimeError(
@@ -43,14 +44,20 @@ def probe_finite(model: nn.Module) -> None:
         )
 
 
+def _raw_finite(weight: Tensor) -> bool:
+    """True unless the float8 weight holds NaN or, in e5m2, infinity; read in chunks, from the bits."""
+    limit = 0x7E if weight.dtype == torch.float8_e4m3fn else 0x7B
+    bits = weight.view(torch.uint8)
+    return all(bool(((bits[chunk] & 0x7F) <= limit).all()) for chunk in row_chunks(bits, weight.device))
+
+
 def _scales_finite(weight: TorchAOBaseTensor) -> bool:
     floats = [part for part in plain_parts(weight) if part.dtype in (torch.float32, torch.bfloat16, torch.float16)]
     return all(bool(torch.isfinite(part).all()) for part in floats)
 
 
-def _runs_finite(module: nn.Module, weight: Tensor) -> bool:
-    if not isinstance(module, nn.Linear):
-        return True
+def _runs_finite(module: nn.Linear) -> bool:
+    weight = module.weight
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, module.in_features, generator=generator).to(weight.device, weight.dtype)
     output = nn.functional.linear(torch.cat((rows, torch.zeros_like(rows))), weight)

@@ -48,7 +48,7 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
     qdata = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=target)
     scale = torch.empty((rows if per_row else 1, 1), dtype=torch.float32, device=target)
     tensor_scale = None if per_row else _tensor_scale(weight, compute)
-    for chunk in row_chunks(weight):
+    for chunk in row_chunks(weight, compute):
         part = weight[chunk].to(compute)
         if tensor_scale is not None:
             qdata[chunk] = (part.float() / tensor_scale).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
@@ -82,5 +82,5 @@ def _tensor_scale(weight: Tensor, compute: torch.device) -> Tensor:
     """Scale [1, 1] float32 of the whole weight, from the absolute maxima of its chunks."""
     if weight.is_meta:
         return torch.empty((1, 1), device="meta")
-    amax = torch.stack([weight[chunk].to(compute).abs().amax().float() for chunk in row_chunks(weight)]).amax()
+    amax = torch.stack([weight[chunk].to(compute).abs().amax().float() for chunk in row_chunks(weight, compute)]).amax()
     return (amax.clamp(min=ZERO_ROW_BOUND) / _MAX).reshape(1, 1)

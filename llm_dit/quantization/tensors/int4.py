@@ -76,7 +76,7 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     zero_point = torch.empty_like(scale)
     # A group of equal weights has no range. The floor keeps the scale from 0; such a group is its zero point alone.
     floor = torch.finfo(weight.dtype).tiny
-    for chunk in row_chunks(weight):
+    for chunk in row_chunks(weight, compute):
         part = weight[chunk].to(compute).float().view(-1, groups, config.group_size)
         low, high = part.amin(-1), part.amax(-1)
         # Rounded as they are stored before the weights are, so that the rounding of a scale adds no error of its own.

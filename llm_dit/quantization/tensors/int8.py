@@ -32,7 +32,7 @@ def quantize_int8(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     qdata = torch.empty(weight.shape, dtype=torch.int8, device=target)
     scale = torch.empty((weight.shape[0], scales), dtype=torch.float32, device=target)
     zero_point = torch.zeros((weight.shape[0], scales), dtype=torch.int8, device=target)
-    for chunk in row_chunks(weight):
+    for chunk in row_chunks(weight, compute):
         quantized = Int8Tensor.from_hp(weight[chunk].to(compute), granularity=granularity)
         qdata[chunk], scale[chunk] = quantized.qdata, quantized.scale
     require_finite(scale)
