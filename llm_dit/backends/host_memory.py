@@ -7,6 +7,7 @@ megabytes for a model of a gigabyte, because it returns only what lies at the en
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 TRIM_EVERY_BYTES = 64 * 1024**2
@@ -14,7 +15,7 @@ TRIM_EVERY_BYTES = 64 * 1024**2
 
 
 @cache
-def _malloc_trim() -> ctypes._CFuncPtr | None:
+def _malloc_trim() -> Callable[[int], int] | None:
     """glibc's `malloc_trim`, or None on a system whose C library has none (musl, macOS, Windows)."""
     try:
         return ctypes.CDLL("libc.so.6").malloc_trim

@@ -25,9 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llm_dit.tiny.common import PROMPT, SIZE, mask, picture, seeded
 from llm_dit.tiny.spec import TinyPipeline
 from llm_dit.tiny.tokenizers import mistral_tokenizer, qwen2_tokenizer
-from llm_dit.tiny.z_image import AUTOENCODER, PROMPT, SIZE, mask, picture, qwen3_config, seeded
+from llm_dit.tiny.z_image import AUTOENCODER, qwen3_config
 
 TRANSFORMER: Mapping[str, Any] = {
     "num_layers": 2,

@@ -26,8 +26,8 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceConditio
 from PIL import Image
 
 from llm_dit.tiny import ltx2_parts as parts
+from llm_dit.tiny.common import PROMPT, SIZE, picture
 from llm_dit.tiny.spec import TinyPipeline
-from llm_dit.tiny.z_image import PROMPT, SIZE, picture
 
 FRAMES = 9
 # The shortest clip that holds a whole segment of keyframes, and its one keyframe.

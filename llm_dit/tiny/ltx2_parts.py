@@ -7,12 +7,10 @@ predicts the duration, and Gemma 4.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, cast
 
-import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
@@ -34,11 +32,11 @@ from transformers import (
     GemmaTokenizer,
 )
 
+from llm_dit.tiny.common import seeded_layers
 from llm_dit.tiny.tokenizers import train_bpe
 
 Version = Literal["2.0", "2.3", "2.5"]
 
-SEED = 0
 TEXT_DIM = 128
 TEXT_LAYERS = 2
 VIDEO_DIM = 128
@@ -82,39 +80,6 @@ def audio_dim(version: Version) -> int:
     return 64 if version == "2.0" else VIDEO_DIM
 
 
-def _fan_in(module: nn.Module) -> float:
-    """How many products make one output of a Linear or a convolution."""
-    weight = cast(torch.Tensor, module.weight)
-    if getattr(module, "transposed", False):
-        strides = cast(tuple[int, ...], module.stride)
-        return weight.shape[0] * weight[0, 0].numel() / math.prod(strides)
-    return weight[0].numel()
-
-
-def seeded(make: Callable[[], Any]) -> Any:
-    """What `make` constructs, in bfloat16, with the same random weights at every call, which keep a signal's variance.
-
-    The usual initialisation makes every branch faint and some zero, so that a layer which was quantized badly, or not
-    loaded at all, would go unnoticed. The model is constructed under bfloat16 rather than cast, as `from_pretrained`
-    does: the buffers which no checkpoint stores are then rounded alike, and a reloaded model is this one, bit for bit.
-    """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(SEED)
-            model = make()
-            for module in model.modules():
-                if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d):
-                    module.weight.normal_(std=_fan_in(module) ** -0.5)
-            for tensor in model.state_dict().values():
-                if tensor.is_floating_point() and not tensor.any():
-                    tensor.normal_(std=0.02)
-    finally:
-        torch.set_default_dtype(default)
-    return model.eval()
-
-
 def scheduler(version: Version) -> FlowMatchEulerDiscreteScheduler:
     """Up to 2.3 the number of tokens shifts the sigmas; 2.5 is distilled, and its sigmas are used as they are."""
     if version == "2.5":
@@ -134,7 +99,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
 def text_encoder(version: Version) -> Gemma3ForConditionalGeneration | Gemma4UnifiedForConditionalGeneration:
     """Gemma 3 with a vision tower that never runs; from 2.5 on Gemma 4, whose other modalities are optional."""
     if version == "2.5":
-        return seeded(lambda: Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config={**TEXT_4})))
+        return seeded_layers(lambda: Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config={**TEXT_4})))
     config = Gemma3Config(
         text_config={**TEXT, "query_pre_attn_scalar": TEXT["head_dim"]},
         vision_config={**VISION},
@@ -143,20 +108,20 @@ def text_encoder(version: Version) -> Gemma3ForConditionalGeneration | Gemma4Uni
         eoi_token_index=6,
         image_token_index=7,
     )
-    return seeded(lambda: Gemma3ForConditionalGeneration(config))
+    return seeded_layers(lambda: Gemma3ForConditionalGeneration(config))
 
 
 def prompt_enhancer() -> Gemma4ForConditionalGeneration:
     """The Gemma 4 that comes with 2.5, with the small embeddings it adds at every layer."""
     per_layer = {"vocab_size_per_layer_input": TEXT["vocab_size"], "hidden_size_per_layer_input": 16}
-    return seeded(lambda: Gemma4ForConditionalGeneration(Gemma4Config(text_config={**TEXT_4, **per_layer})))
+    return seeded_layers(lambda: Gemma4ForConditionalGeneration(Gemma4Config(text_config={**TEXT_4, **per_layer})))
 
 
 def connectors(version: Version) -> LTX2TextConnectors:
     """The stack that makes a sequence for each modality of all hidden states of the text encoder."""
     separate = version != "2.0"
     video, audio = (VIDEO_DIM, audio_dim(version)) if separate else (TEXT_DIM, TEXT_DIM)
-    return seeded(
+    return seeded_layers(
         partial(
             LTX2TextConnectors,
             caption_channels=TEXT_DIM,
@@ -184,7 +149,7 @@ def transformer(version: Version) -> LTX2VideoTransformer3DModel:
     modern = version != "2.0"
     audio = audio_dim(version)
     audio_channels = AUDIO_LATENT_CHANNELS * MEL_BINS // 4
-    model = seeded(
+    model = seeded_layers(
         partial(
             LTX2VideoTransformer3DModel,
             in_channels=LATENT_CHANNELS,
@@ -222,7 +187,7 @@ def video_vae() -> AutoencoderKLLTX2Video:
 
     The first stage has no resnets, for they would be as wide as the latents and outweigh all else.
     """
-    model = seeded(
+    model = seeded_layers(
         partial(
             AutoencoderKLLTX2Video,
             latent_channels=LATENT_CHANNELS,
@@ -240,7 +205,7 @@ def video_vae() -> AutoencoderKLLTX2Video:
 
 def audio_vae() -> AutoencoderKLLTX2Audio:
     """Its `base_channels` have to be the width of a packed latent, for its statistics are that long."""
-    return seeded(
+    return seeded_layers(
         partial(
             AutoencoderKLLTX2Audio,
             base_channels=AUDIO_LATENT_CHANNELS * MEL_BINS // 4,
@@ -263,9 +228,9 @@ def vocoder(version: Version) -> LTX2Vocoder | LTX2VocoderWithBWE:
         "resnet_dilations": [[1, 3]],
     }
     if version == "2.0":
-        return seeded(partial(LTX2Vocoder, **stages, output_sampling_rate=16000))
+        return seeded_layers(partial(LTX2Vocoder, **stages, output_sampling_rate=16000))
     extension = {**stages, "upsample_kernel_sizes": [12, 11, 16], "upsample_factors": [6, 5, 8]}
-    model = seeded(
+    model = seeded_layers(
         partial(
             LTX2VocoderWithBWE,
             **stages,
@@ -287,7 +252,7 @@ def vocoder(version: Version) -> LTX2Vocoder | LTX2VocoderWithBWE:
 
 def latent_upsampler(axis: Literal["space", "time"]) -> LTX2LatentUpsamplerModel:
     """Doubles the latents along `axis`."""
-    return seeded(
+    return seeded_layers(
         partial(
             LTX2LatentUpsamplerModel,
             in_channels=LATENT_CHANNELS,
@@ -302,7 +267,7 @@ def latent_upsampler(axis: Literal["space", "time"]) -> LTX2LatentUpsamplerModel
 
 def diffusion_decoder() -> LTX2VideoDiffusionDecoderModel:
     """A decoder of Linears only: four stages of neighbourhood attention, then one denoising step on the pixels."""
-    model = seeded(
+    model = seeded_layers(
         partial(
             LTX2VideoDiffusionDecoderModel,
             latent_channels=LATENT_CHANNELS,
@@ -321,7 +286,7 @@ def diffusion_decoder() -> LTX2VideoDiffusionDecoderModel:
 
 def duration_head(version: Version) -> LTX2DurationHead:
     """Predicts how long the video is from what the connectors make of the prompt."""
-    return seeded(
+    return seeded_layers(
         partial(
             LTX2DurationHead,
             video_cross_attention_dim=VIDEO_DIM,

@@ -36,10 +36,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from llm_dit.tiny.ltx2_parts import seeded
+from llm_dit.tiny.common import PROMPT, SIZE, mask, picture, seeded_layers
 from llm_dit.tiny.spec import TinyPipeline
 from llm_dit.tiny.tokenizers import QWEN_SPECIAL_TOKENS, qwen2_tokenizer
-from llm_dit.tiny.z_image import PROMPT, SIZE, mask, picture
 
 BLOCKS: Mapping[str, Any] = {
     "num_layers": 2,
@@ -92,7 +91,7 @@ def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
     text = {"hidden_size": 256, "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]}}
     vision = {"out_hidden_size": 256, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLConfig(text_config={**TEXT, **text}, vision_config={**VISION, **vision}, **VISION_TOKENS)
-    return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
+    return seeded_layers(lambda: Qwen2_5_VLForConditionalGeneration(config))
 
 
 def qwen3_vl() -> Qwen3VLForConditionalGeneration:
@@ -101,7 +100,7 @@ def qwen3_vl() -> Qwen3VLForConditionalGeneration:
     text = {"hidden_size": 128, "head_dim": 32, "rope_parameters": rope}
     vision = {"out_hidden_size": 128, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
     config = Qwen3VLConfig(text_config={**TEXT, **text}, vision_config={**VISION, **vision}, **VISION_TOKENS)
-    return seeded(lambda: Qwen3VLForConditionalGeneration(config))
+    return seeded_layers(lambda: Qwen3VLForConditionalGeneration(config))
 
 
 def autoencoder(channels: int) -> AutoencoderKLQwenImage:
@@ -109,7 +108,7 @@ def autoencoder(channels: int) -> AutoencoderKLQwenImage:
 
     Its posterior has next to no variance, for inpainting with a ControlNet samples it without the caller's generator.
     """
-    vae = seeded(partial(AutoencoderKLQwenImage, base_dim=4, num_res_blocks=1, input_channels=channels))
+    vae = seeded_layers(partial(AutoencoderKLQwenImage, base_dim=4, num_res_blocks=1, input_channels=channels))
     vae.quant_conv.weight.data[vae.z_dim :] = 0
     vae.quant_conv.bias.data[vae.z_dim :] = -30
     return vae
@@ -152,20 +151,20 @@ def _pipeline(
         vae=autoencoder(channels),
         text_encoder=qwen25_vl(),
         tokenizer=qwen2_tokenizer(),
-        transformer=_open_gates(seeded(partial(QwenImageTransformer2DModel, **BLOCKS, **(transformer or {})))),
+        transformer=_open_gates(seeded_layers(partial(QwenImageTransformer2DModel, **BLOCKS, **(transformer or {})))),
         **others,
     )
 
 
 def _controlled(pipeline_class: Callable[..., Any], extra_channels: int = 0) -> DiffusionPipeline:
     """A pipeline with a ControlNet, which for inpainting also reads a mask of `extra_channels`."""
-    controlnet = seeded(partial(QwenImageControlNetModel, **BLOCKS, extra_condition_channels=extra_channels))
+    controlnet = seeded_layers(partial(QwenImageControlNetModel, **BLOCKS, extra_condition_channels=extra_channels))
     return _pipeline(pipeline_class, controlnet=_open_gates(controlnet))
 
 
 def _newest() -> DiffusionPipeline:
     """Qwen-Image 2.1: one stream, a transformer wider than its text encoder, and 16 pixels a latent."""
-    transformer = seeded(
+    transformer = seeded_layers(
         partial(
             QwenImage21Transformer2DModel,
             num_layers=2,
@@ -179,7 +178,7 @@ def _newest() -> DiffusionPipeline:
     transformer.modulation[1].weight.data.mul_(4)
     return QwenImage21Pipeline(
         scheduler=_scheduler(max_shift=1.15),
-        vae=seeded(partial(AutoencoderKLQwenImage21, base_dim=4, decoder_base_dim=4, num_res_blocks=1)),
+        vae=seeded_layers(partial(AutoencoderKLQwenImage21, base_dim=4, decoder_base_dim=4, num_res_blocks=1)),
         text_encoder=qwen3_vl(),
         processor=processor("Qwen3VL", patch_size=16),
         transformer=transformer,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,16 +24,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from PIL import Image
 from transformers import AutoModel, Qwen3Config, Siglip2ImageProcessorPil, Siglip2VisionConfig
 
+from llm_dit.tiny.common import PROMPT, SIZE, mask, picture, seeded
 from llm_dit.tiny.spec import TinyPipeline
 from llm_dit.tiny.tokenizers import qwen2_tokenizer
-
-SIZE = 64
-"""Side of every picture in pixels: the least that FLUX.2 and Omni accept as a reference."""
-
-PROMPT = "a red circle above a blue square"
 
 BLOCKS: Mapping[str, Any] = {"dim": 128, "n_heads": 4, "n_kv_heads": 4, "n_refiner_layers": 2}
 """What the ControlNet shares with the transformer; the MLP is int(128 / 3 * 8) = 341 wide."""
@@ -51,33 +45,6 @@ AUTOENCODER: Mapping[str, Any] = {
 """What the autoencoders of FLUX.1 and FLUX.2 share: four levels, as published, so that latents are 8 times smaller."""
 
 
-def seeded(make: Callable[[], Any], seed: int) -> Any:
-    """The model that `make` constructs, in bfloat16, with random weights that keep the variance of what passes through.
-
-    Constructors leave some parameters at zero and scale others so that every branch is faint; then a quantization error
-    is either invisible or out of proportion. The global random state and default dtype are left as they were.
-    """
-    default = torch.get_default_dtype()
-    # Not `.to(bfloat16)`: loading constructs under the default dtype, and keeps the rotary frequencies in float32.
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = make().eval()
-    finally:
-        torch.set_default_dtype(default)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                parameter.copy_(0.02 * noise)
-            else:
-                parameter.copy_(1 + 0.05 * noise)
-    return model
-
-
 def qwen3_config() -> Qwen3Config:
     """Qwen3 with tied embeddings, as the 4B model has them; its MLP's width is no multiple of a group."""
     return Qwen3Config(
@@ -91,18 +58,6 @@ def qwen3_config() -> Qwen3Config:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-
-
-def picture(shift: int = 0) -> Image.Image:
-    """Colour gradients, the same at every call; `shift` moves them, for a second picture that differs."""
-    rows, columns = np.indices((SIZE, SIZE))
-    channels = [4 * rows + shift, 4 * columns, 2 * (rows + columns) + shift]
-    return Image.fromarray(np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8))
-
-
-def mask() -> Image.Image:
-    """White, to paint anew, on the left half."""
-    return Image.fromarray(np.where(np.indices((SIZE, SIZE))[1] < SIZE // 2, 255, 0).astype(np.uint8))
 
 
 def _pipeline(pipeline_class: Callable[..., Any], **others: Any) -> DiffusionPipeline:
