@@ -79,8 +79,9 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
 
 
 def _tensor_scale(weight: Tensor, compute: torch.device) -> Tensor:
-    """Scale [1, 1] float32 of the whole weight, from the absolute maxima of its chunks."""
+    """Scale [1, 1] float32 of the whole weight, from the absolute maxima of its chunks, rounded as torchao rounds it."""
     if weight.is_meta:
         return torch.empty((1, 1), device="meta")
-    amax = torch.stack([weight[chunk].to(compute).abs().amax().float() for chunk in row_chunks(weight, compute)]).amax()
-    return (amax.clamp(min=ZERO_ROW_BOUND) / _MAX).reshape(1, 1)
+    amax = torch.stack([weight[chunk].to(compute).abs().amax() for chunk in row_chunks(weight, compute)]).amax()
+    amax = amax.float() if amax.dtype == torch.float16 else amax
+    return (amax.clamp(min=ZERO_ROW_BOUND) / _MAX).float().reshape(1, 1)

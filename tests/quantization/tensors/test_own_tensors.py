@@ -1,0 +1,155 @@
+"""Our tensor classes as torch, torchao and safetensors see them: moving, copying, pickling, compiling, flattening."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llm_dit.quantization.tensors import Int4GroupConfig, Int4GroupTensor, Int8ConvConfig, Int8ConvTensor
+from llm_dit.quantization.tensors.stream import quantize_weight
+from torch import nn
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+
+CONVS = {
+    "conv1d": (nn.Conv1d(6, 8, 3, padding=1), (2, 6, 10)),
+    "conv2d": (nn.Conv2d(6, 8, 3, stride=2, groups=2), (2, 6, 9, 9)),
+    "conv2d-reflect": (nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), (2, 6, 9, 9)),
+    "conv3d": (nn.Conv3d(6, 8, (1, 3, 3), padding="same"), (1, 6, 3, 8, 8)),
+    "transposed1d": (nn.ConvTranspose1d(6, 8, 4, stride=2), (2, 6, 9)),
+    "transposed2d": (nn.ConvTranspose2d(6, 8, 4, stride=2, groups=2), (2, 6, 5, 5)),
+    "transposed3d": (nn.ConvTranspose3d(6, 8, 3), (1, 6, 3, 4, 4)),
+}
+
+
+class CausalConv3d(nn.Conv3d):
+    """A subclass with a forward of its own, as in the video VAEs."""
+
+    def forward(self, inputs):
+        return super().forward(F.pad(inputs, (0, 0, 0, 0, 2, 0)))
+
+
+def quantized_conv(conv, dtype=torch.float32):
+    conv = copy.deepcopy(conv).to(dtype)
+    transposed = "Transpose" in type(conv).__name__
+    conv.weight = nn.Parameter(quantize_weight(conv.weight, Int8ConvConfig(transposed=transposed)), requires_grad=False)
+    return conv
+
+
+def int4(rows=8, columns=256):
+    generator = torch.Generator().manual_seed(0)
+    return quantize_weight(torch.randn(rows, columns, generator=generator).to(torch.bfloat16), Int4GroupConfig())
+
+
+def error(value, reference):
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutions_of_every_kind(name, dtype):
+    conv, shape = CONVS[name]
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = copy.deepcopy(conv).to(dtype)(inputs)
+    assert error(quantized_conv(conv, dtype)(inputs), expected) < (0.012 if dtype == torch.float32 else 0.02)
+
+
+def test_a_subclass_with_its_own_forward():
+    conv = CausalConv3d(4, 8, (3, 1, 1))
+    inputs = torch.randn(1, 4, 5, 6, 6)
+    assert error(quantized_conv(conv)(inputs), conv(inputs)) < 0.012
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_one_scale_per_output_channel(name):
+    conv, _ = CONVS[name]
+    weight = quantized_conv(conv).weight
+    channels = weight.shape[1 if "Transpose" in type(conv).__name__ else 0]
+    assert weight.scale.numel() == channels
+    assert weight.scale.dtype == torch.float32
+    assert weight.qdata.dtype == torch.int8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 6), st.sampled_from([0.0, 1e-20, 1.0, 1e5]))
+def test_convolutions_stay_finite(out_channels, kernel, scale):
+    conv = nn.Conv1d(3, out_channels, kernel)
+    with torch.no_grad():
+        conv.weight.mul_(scale)
+        conv.weight[0] = 0
+    assert torch.isfinite(quantized_conv(conv)(torch.randn(1, 3, 12))).all()
+
+
+def test_int4_packs_two_weights_a_byte_and_counts_its_scales():
+    weight = int4(8, 256)
+    assert weight.qdata.shape == (8, 128)
+    assert weight.qdata.dtype == torch.uint8
+    assert weight.scale.shape == weight.zero_point.shape == (8, 2)
+
+
+def test_int4_equals_its_formula():
+    weight = int4(4, 256)
+    values = torch.stack((weight.qdata & 15, weight.qdata >> 4), -1).view(4, 2, 128).double()
+    expected = values * weight.scale.double().unsqueeze(-1) + weight.zero_point.double().unsqueeze(-1)
+    assert error(weight.dequantize(), expected.view(4, 256)) < 0.004
+
+
+def test_int4_keeps_groups_of_equal_weights_exactly():
+    original = torch.full((2, 256), 0.125, dtype=torch.bfloat16)
+    assert torch.equal(quantize_weight(original, Int4GroupConfig()).dequantize(), original)
+
+
+@pytest.mark.parametrize("make", [int4, lambda: quantized_conv(CONVS["conv2d"][0]).weight.data], ids=["int4", "conv"])
+def test_lives_like_a_tensor(make):
+    weight = make()
+    names, _ = weight.__tensor_flatten__()
+    buffer = io.BytesIO()
+    torch.save(weight, buffer)
+    buffer.seek(0)
+    state, metadata = flatten_tensor_state_dict({"layer.weight": weight})
+    unflattened, rest = unflatten_tensor_state_dict(state, metadata)
+    assert not rest
+    for other in (
+        copy.deepcopy(weight),
+        weight.clone(),
+        weight.detach(),
+        weight.to("cpu"),
+        weight.to(torch.float32),
+        nn.Parameter(weight, requires_grad=False).data,
+        torch.load(buffer, weights_only=True),
+        unflattened["layer.weight"],
+    ):
+        assert type(other) is type(weight)
+        for name in names:
+            assert torch.equal(getattr(other, name), getattr(weight, name))
+
+
+def test_moves_with_its_module_and_keeps_its_scales():
+    conv = quantized_conv(CONVS["conv2d"][0])
+    scale = conv.weight.scale.clone()
+    conv.to(torch.bfloat16)
+    assert isinstance(conv.weight, Int8ConvTensor)
+    assert torch.equal(conv.weight.scale, scale)
+    assert conv.to("meta").weight.is_meta
+
+
+@pytest.mark.parametrize("kind", ["int4", "conv"])
+def test_compiles_without_graph_breaks(kind):
+    if kind == "int4":
+        module, inputs = nn.Linear(256, 8, bias=False), torch.randn(3, 256, dtype=torch.bfloat16)
+        module.weight = nn.Parameter(int4(), requires_grad=False)
+    else:
+        conv, shape = CONVS["conv2d"]
+        module, inputs = quantized_conv(conv), torch.randn(shape)
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert error(compiled(inputs), module(inputs)) < 1e-3
+
+
+def test_int4_runs_in_the_dtype_of_its_input():
+    weight = int4()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert F.linear(torch.ones(1, 256, dtype=dtype), weight).dtype == dtype
+    assert isinstance(weight, Int4GroupTensor)
