@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from os import PathLike
 from typing import Any, ClassVar, Final, Self
@@ -32,6 +33,7 @@ from .quantization import (
     detect_hardware,
     get_method,
     get_quant_compile_warnings,
+    quantized_by,
 )
 from .request import LoadOptions, LoadRequest
 from .saving import prepare_for_saving
@@ -69,6 +71,8 @@ DIFFUSERS_KEYWORDS: Final = (
     "mirror",
 )
 """Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
+_KEEP_DTYPES: ContextVar[bool] = ContextVar("keep_dtypes", default=False)
+"""True inside a `from_pipe` without a dtype: diffusers ends it with `.to(float32)`, whose default cannot be turned off."""
 HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
 
@@ -168,10 +172,13 @@ class QuantizablePipelineMixin(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """As in diffusers, but quantized components are shared as they are: no dtype is applied unless one is given."""
-        quantized = [name for name, model in models_of(pipeline).items() if getattr(model, "hf_quantizer", None)]
-        if quantized and "dtype" not in kwargs:
-            kwargs.setdefault("torch_dtype", None)
-        pipe = super().from_pipe(pipeline, **kwargs)
+        quantized = any(quantized_by(model) for model in models_of(pipeline).values())
+        keep = quantized and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
+        token = _KEEP_DTYPES.set(keep)
+        try:
+            pipe = super().from_pipe(pipeline, **kwargs)
+        finally:
+            _KEEP_DTYPES.reset(token)
         known = {report.name: report for report in getattr(pipeline, "quantization_report", ())}
         reports = [
             known[name] if name in known else inspect_component(name, cls.component_role(name), model)
@@ -182,6 +189,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized."""
+        if _KEEP_DTYPES.get():
+            return self
         dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
         if dtype is not None:
             quantized = [report.name for report in self.quantization_report if report.method != "none"]

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+
 from llm_dit.tiny import get
 
 torch.set_num_threads(1)

@@ -4,6 +4,9 @@ import logging
 
 import pytest
 import torch
+from torch import nn
+from torchao.utils import TorchAOBaseTensor
+
 from llm_dit.quantization import (
     METHODS,
     REMOVED_METHODS,
@@ -15,8 +18,6 @@ from llm_dit.quantization import (
     quantize_component,
     quantize_vae,
 )
-from torch import nn
-from torchao.utils import TorchAOBaseTensor
 
 QUANTIZING = [method for method in VALID_METHODS if method != "none"]
 

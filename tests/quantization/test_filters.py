@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llm_dit.quantization.filters import matches
 
 part = st.text(st.sampled_from("abcdefgh_0123"), min_size=1, max_size=6)

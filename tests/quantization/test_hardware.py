@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+
+from llm_dit.names import COMPILE_MODES
 from llm_dit.quantization import check_fp8_support, get_method, get_quant_compile_warnings, get_recommended_method, hardware
 from llm_dit.quantization.hardware import Hardware, require_support
 from llm_dit.quantization.methods import VALID_METHODS
-from llm_dit.names import COMPILE_MODES
 
 
 def card(monkeypatch, capability, name="a card"):
@@ -22,7 +23,13 @@ def test_without_cuda():
 
 @pytest.mark.parametrize(
     ("capability", "fp8", "method"),
-    [((7, 5), False, "int8"), ((8, 6), False, "int8"), ((8, 9), True, "fp8-dynamic"), ((9, 0), True, "fp8-dynamic"), ((12, 0), True, "fp8-dynamic")],
+    [
+        ((7, 5), False, "int8"),
+        ((8, 6), False, "int8"),
+        ((8, 9), True, "fp8-dynamic"),
+        ((9, 0), True, "fp8-dynamic"),
+        ((12, 0), True, "fp8-dynamic"),
+    ],
 )
 def test_by_capability(monkeypatch, capability, fp8, method):
     card(monkeypatch, capability)

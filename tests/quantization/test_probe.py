@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from llm_dit.quantization import quantize_component
-from llm_dit.quantization.probe import probe_finite
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+from llm_dit.quantization import quantize_component
+from llm_dit.quantization.probe import probe_finite
 
 
 def model_with_a_zero_row():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from llm_dit.quantization import ComponentReport, QuantizationReport
 from llm_dit.quantization.report import format_bytes
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torchao.quantization import Float8Tensor, Int8Tensor, PerRow, PerTensor, quantize_
+
 from llm_dit.quantization import METHODS, VALID_METHODS
 from llm_dit.quantization.tensors import stream
 from llm_dit.quantization.tensors.stream import quantize_weight
-from torch import nn
-from torchao.quantization import Float8Tensor, Int8Tensor, PerRow, PerTensor, quantize_
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 QUANTIZING = [method for method in VALID_METHODS if method != "none"]
