@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,7 @@ def estimate_pipeline(
     Raises:
         ValueError: if `source` is none of these.
     """
-    cls, makers = _components(source, hub)
+    cls, makers = _components(source, dtype, hub)
     components = []
     for name, make in makers.items():
         role = cls.component_role(name)
@@ -110,7 +111,9 @@ Maker = Callable[[], tuple[nn.Module, int]]
 """Builds a component on meta; the second value is the bytes of its files if it was saved quantized, else 0."""
 
 
-def _components(source: str, hub: Mapping[str, Any]) -> tuple[type[QuantizablePipelineMixin], dict[str, Maker]]:
+def _components(
+    source: str, dtype: torch.dtype, hub: Mapping[str, Any]
+) -> tuple[type[QuantizablePipelineMixin], dict[str, Maker]]:
     published = published_models()
     classes = pipeline_classes()
     key = source if source.startswith("Quantizable") else f"Quantizable{source}"
@@ -130,7 +133,7 @@ def _components(source: str, hub: Mapping[str, Any]) -> tuple[type[QuantizablePi
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if _has_index(folder) else {}
     cls = pipeline_class_of(folder)
     return cls, {
-        name: partial(_from_config, folder / name, *entry)
+        name: partial(_from_config, folder / name, *entry, dtype=dtype)
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
     }
@@ -151,7 +154,7 @@ def _published_for(cls: type[QuantizablePipelineMixin]) -> Published:
 def _published_makers(model: Published) -> dict[str, Maker]:
     def maker(make: Callable[[], nn.Module]) -> Maker:
         def build() -> tuple[nn.Module, int]:
-            with torch.device("meta"):
+            with _meta(torch.bfloat16):
                 return make(), 0
 
         return build
@@ -159,13 +162,25 @@ def _published_makers(model: Published) -> dict[str, Maker]:
     return {name: maker(make) for name, make in model.components.items()}
 
 
-def _from_config(path: Path, library: str, class_name: str) -> tuple[nn.Module, int]:
+@contextmanager
+def _meta(dtype: torch.dtype) -> Iterator[None]:
+    """Models are made on meta, and, as in `from_pretrained`, under the dtype they load in, which buffers follow."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _from_config(path: Path, library: str, class_name: str, dtype: torch.dtype) -> tuple[nn.Module, int]:
     """A component on meta from its saved configuration."""
     module = importlib.import_module(f"diffusers.pipelines.{library}") if hasattr(diffusers.pipelines, library) else None
     cls = getattr(module or importlib.import_module(library), class_name)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     saved = _file_bytes(path) if config.get("quantization_config") else 0
-    with torch.device("meta"):
+    with _meta(dtype):
         if issubclass(cls, transformers.PreTrainedModel):
             loaded = transformers.AutoConfig.from_pretrained(path)
             if hasattr(loaded, "quantization_config"):

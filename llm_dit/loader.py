@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
 from .quantization.filters import named_layers
 from .quantization.probe import probe_finite
-from .quantization.sizes import model_bytes
+from .quantization.sizes import dense_bytes, model_bytes
 
 logger = logging.getLogger(__name__)
 LAYERWISE_KEY = "llm_dit_layerwise"
@@ -103,21 +103,24 @@ class PipelineLoader(PipelineQuantizationConfig):
         load.plan = load.backend.plan(model, load.request)
         return load.plan
 
-    def finish(self, name: str, role: str | None, model: nn.Module) -> ComponentReport:
+    def finish(self, name: str, role: str | None, model: nn.Module, counted: Container[int]) -> ComponentReport:
         """Checks a loaded component against its plan and reports on it.
+
+        Args:
+            counted: ids of tensors that another component's report counts: a Z-Image controlnet shares some of the transformer's.
 
         Raises:
             RuntimeError: if something asked for was not done.
         """
         load = self.loads[name]
         if load.request is None or load.backend is None:
-            return inspect_component(name, role, model, load.seconds)
+            return inspect_component(name, role, model, load.seconds, counted)
         if load.plan is None:
             raise RuntimeError(
                 f"{name} was to be quantized with {load.request.method.name}, and {type(model).__name__}'s loader never "
                 "asked for it: load the component yourself and pass it in, it is quantized in place then"
             )
-        before = _dense_bytes(model, load.request.dtype)
+        before = dense_bytes(model, load.request.dtype, counted)
         load.backend.finish(model, load.request, load.plan)
         mark_layerwise(model, load.backend.name == "layerwise")
         stats = layer_stats(
@@ -126,7 +129,7 @@ class PipelineLoader(PipelineQuantizationConfig):
             load.request.role,
             load.request.granularity,
             before,
-            model_bytes(model),
+            model_bytes(model, counted),
         )
         return component_report(name, model, stats, load.backend.name, load.seconds)
 
@@ -184,11 +187,13 @@ def component_report(
     )
 
 
-def inspect_component(name: str, role: str | None, model: nn.Module, seconds: float = 0.0) -> ComponentReport:
+def inspect_component(
+    name: str, role: str | None, model: nn.Module, seconds: float = 0.0, counted: Container[int] = ()
+) -> ComponentReport:
     """A report on a component that nobody asked to quantize, as it is now."""
     source = quantized_by(model)
     layers = [layer for layer, _ in named_layers(model, role or "transformer")]
-    size = model_bytes(model)
+    size = model_bytes(model, counted)
     if source is not None:
         probe_finite(model)
     return ComponentReport(
@@ -198,7 +203,7 @@ def inspect_component(name: str, role: str | None, model: nn.Module, seconds: fl
         method="already_quantized" if source else "none",
         total_layers=len(layers),
         skip_reasons=dict.fromkeys(layers, f"loaded as it was saved ({source})" if source else "not asked for"),
-        bytes_before=_dense_bytes(model, torch.bfloat16) if source else size,
+        bytes_before=dense_bytes(model, torch.bfloat16, counted) if source else size,
         bytes_after=size,
         seconds=seconds,
         dtype=_dtype_name(model),
@@ -247,12 +252,6 @@ def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
         if isinstance(component, nn.Module):
             found[name] = getattr(component, "_orig_mod", component)
     return found
-
-
-def _dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes the model would hold unquantized, floats in `dtype`."""
-    parameters = sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size()) for p in model.parameters())
-    return parameters + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
 
 
 def _dtype_name(model: nn.Module) -> str:

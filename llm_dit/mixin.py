@@ -35,6 +35,7 @@ from .quantization import (
     get_quant_compile_warnings,
     quantized_by,
 )
+from .quantization.sizes import model_tensors
 from .request import LoadOptions, LoadRequest
 from .saving import prepare_for_saving
 
@@ -260,15 +261,17 @@ class QuantizablePipelineMixin(DiffusionPipeline):
 
     def _finish(self, loader: PipelineLoader, request: LoadRequest, passed: Mapping[str, nn.Module]) -> QuantizationReport:
         reports = []
+        counted: set[int] = set()
         for name, model in models_of(self).items():
             role = self.component_role(name)
             wanted = self.component_request(name, role, request) if role else None
             if name in loader.loads:
-                reports.append(_compared(loader.finish(name, role, model), wanted, model))
+                reports.append(_compared(loader.finish(name, role, model, counted), wanted, model))
             elif name in passed and role and wanted is not None:
                 reports.append(quantize_passed_component(model, self.component_backend(name, role, request), wanted))
             else:
                 reports.append(inspect_component(name, role, model))
+            counted.update(map(id, model_tensors(model)))
         notes = list(request.notes)
         if request.quantizes and not loader.loads and not passed:
             raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -23,12 +24,22 @@ def tensor_bytes(tensor: Tensor) -> int:
     return sum(part.numel() * part.element_size() for part in plain_parts(tensor))
 
 
-def model_bytes(model: nn.Module, without: nn.Module | None = None) -> int:
-    """Bytes of the parameters and buffers of `model`; tied ones count once, and those that `without` has too not at all."""
-    counted = {id(tensor) for tensor in _tensors(without)} if without is not None else set()
-    return sum(tensor_bytes(tensor) for tensor in _tensors(model) if id(tensor) not in counted)
+def model_tensors(model: nn.Module, counted: Container[int] = ()) -> Iterator[Tensor]:
+    """The parameters and buffers of `model`, tied ones once, without those whose `id` is in `counted`."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in counted:
+            yield tensor
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def model_bytes(model: nn.Module, counted: Container[int] = ()) -> int:
+    """Bytes of the parameters and buffers of `model`, without those whose `id` is in `counted`."""
+    return sum(map(tensor_bytes, model_tensors(model, counted)))
+
+
+def dense_bytes(model: nn.Module, dtype: torch.dtype, counted: Container[int] = ()) -> int:
+    """The same as if nothing were quantized: parameters that stand for floats in `dtype`, the rest as it is."""
+    parameters = {id(parameter) for parameter in model.parameters() if parameter.is_floating_point()}
+    return sum(
+        tensor.numel() * dtype.itemsize if id(tensor) in parameters else tensor_bytes(tensor)
+        for tensor in model_tensors(model, counted)
+    )

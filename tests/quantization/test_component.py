@@ -130,7 +130,7 @@ def test_outputs_stay_close(method):
 
 
 def test_halves_the_bytes():
-    model, stats = quantize_component(nn.Sequential(nn.Linear(1024, 1024, bias=False)).to(torch.bfloat16), "int8", "transformer")
+    _, stats = quantize_component(nn.Sequential(nn.Linear(1024, 1024, bias=False)).to(torch.bfloat16), "int8", "transformer")
     assert stats["bytes_after"] < 0.51 * stats["bytes_before"]
     assert stats["bytes_before"] == 2 * 1024 * 1024
 
