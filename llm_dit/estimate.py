@@ -133,7 +133,7 @@ def _components(
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if _has_index(folder) else {}
     cls = pipeline_class_of(folder)
     return cls, {
-        name: partial(_from_config, folder / name, *entry, dtype=dtype)
+        name: partial(_from_config, folder / name, entry[0], entry[1], dtype)
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
     }
