@@ -72,6 +72,8 @@ class DiffusersStreamingConfig(_StreamingConfig, DiffusersConfigMixin):
 class TransformersStreamingConfig(_StreamingConfig, TransformersConfigMixin):
     """Goes to `PreTrainedModel.from_pretrained(quantization_config=...)`."""
 
+    quant_type = None  # transformers before 5.23 reads it of any configuration that its torchao quantizer gets
+
 
 class _Streaming:
     """State and steps that both quantizers share."""
@@ -191,9 +193,10 @@ class StreamedQuantize(ConversionOps):
 class TransformersStreamingQuantizer(_Streaming, TransformersTorchAoQuantizer):
     """Quantizes parameter by parameter inside `convert_and_load_state_dict_in_model`, or reads our saved tensors back."""
 
-    @property
-    def quantized_element_size(self) -> float:
-        return self.quantization_config.bits / 8
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element, from which the loader sizes its first allocation on a device."""
+        quantized = self.param_needs_quantization(model, param_name)
+        return self.quantization_config.bits / 8 if quantized else param.element_size()
 
     @property
     def is_trainable(self) -> bool:
