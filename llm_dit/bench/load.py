@@ -63,14 +63,16 @@ class Measurement:
         host_peak_bytes: peak of anonymous host memory above the level before.
         device_peak_bytes: peak of allocated device memory, 0 without a GPU.
         device_held_bytes: allocated device memory afterwards.
+        error: why there is no measurement, or "".
     """
 
     case: Case
-    seconds: float
-    held_bytes: int
-    host_peak_bytes: int
-    device_peak_bytes: int
-    device_held_bytes: int
+    seconds: float = 0.0
+    held_bytes: int = 0
+    host_peak_bytes: int = 0
+    device_peak_bytes: int = 0
+    device_held_bytes: int = 0
+    error: str = ""
 
 
 def build_folder(folder: Path, geometry: str) -> None:
@@ -156,7 +158,7 @@ def _in_fresh_process(folder: Path, case: Case) -> Measurement:
     arguments = [sys.executable, "-W", "ignore", "-m", "llm_dit.bench.load", str(folder), json.dumps(asdict(case))]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{case.label} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+        return Measurement(case, error=done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}")
     values = json.loads(done.stdout.strip().splitlines()[-1])
     return Measurement(case, **values)
 
@@ -245,6 +247,9 @@ def table(results: list[Measurement]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for result in results:
+        if result.error:
+            lines.append(f"| {result.case.label} | {result.error} | | | | |")
+            continue
         cells = (result.held_bytes, result.host_peak_bytes, result.device_peak_bytes, result.device_held_bytes)
         lines.append(f"| {result.case.label} | {result.seconds:.1f} | " + " | ".join(f"{c / MIB:.0f}" for c in cells) + " |")
     return "\n".join(lines)

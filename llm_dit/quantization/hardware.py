@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -50,16 +51,34 @@ def get_recommended_method() -> str:
     return "fp8-dynamic" if check_fp8_support() else "int8"
 
 
+@cache
+def cpu_multiplies_row_scaled_fp8() -> bool:
+    """True if `torch._scaled_mm` takes per-row scales on the CPU: torch 2.13 does, 2.11 does not. Tried once."""
+    left = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(left, left.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def require_support(method: Method, granularity: str = "per-row", dtype: torch.dtype | None = None) -> None:
     """Raises ValueError if the current device cannot run `method`, naming the one to use instead.
 
-    Without CUDA every method runs: slowly, and for tests.
+    Without CUDA every method runs, slowly and for tests, if torch has the kernel.
 
     Args:
         dtype: the dtype of the weights, where it is known.
     """
     hardware = detect_hardware()
-    if hardware.capability is None or not method.fp8:
+    if not method.fp8:
+        return
+    if hardware.capability is None:
+        if method.name == "fp8-dynamic" and granularity == "per-row" and not cpu_multiplies_row_scaled_fp8():
+            raise ValueError(
+                f"torch {torch.__version__} cannot multiply fp8 with per-row scales on the CPU, and there is no CUDA device: use "
+                "granularity 'per-tensor', 'fp8-weight-only', or a newer torch (2.13 can)"
+            )
         return
     if not hardware.has_fp8:
         major, minor = hardware.capability

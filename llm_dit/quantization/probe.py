@@ -58,6 +58,8 @@ def _scales_finite(weight: TorchAOBaseTensor) -> bool:
 
 def _runs_finite(module: nn.Linear) -> bool:
     weight = module.weight
+    if weight.device.type == "cpu" and torch.cuda.is_available():
+        weight = weight.to("cuda")  # where it will run; not every torch multiplies fp8 by row scales on the CPU
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, module.in_features, generator=generator).to(weight.device, weight.dtype)
     output = nn.functional.linear(torch.cat((rows, torch.zeros_like(rows))), weight)

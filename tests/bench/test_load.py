@@ -18,6 +18,14 @@ def test_measures_in_a_fresh_process(tmp_path):
     assert table([bf16, stock, ours]).count("\n") == 4
 
 
+def test_a_failing_case_does_not_take_the_others_with_it(tmp_path):
+    build("flux2-klein").save_pretrained(tmp_path / "model")
+    failed, fine = run(tmp_path / "model", (Case("llm-dit", "int9"), Case("bf16", "none")))
+    assert "did you mean 'int8'" in failed.error
+    assert fine.held_bytes > 0
+    assert "int9" in table([failed, fine])
+
+
 def test_counts_what_the_pipeline_holds(tmp_path):
     pipe = build("flux2-klein")
     pipe.save_pretrained(tmp_path)
