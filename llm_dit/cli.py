@@ -261,10 +261,13 @@ def load(
 
     place = folder or Path(tempfile.gettempdir()) / f"llm-dit-bench-{geometry}"
     bench.build_folder(place, geometry)
-    results = bench.run(place, bench.default_cases(), repeats)
-    console.print(bench.table(results), markup=False, soft_wrap=True)
-    if output:
-        output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+    console.print(bench.HEADER, markup=False, soft_wrap=True)
+    results = []
+    for result in bench.run(place, bench.default_cases(), repeats):
+        results.append(asdict(result))
+        console.print(bench.row(result), markup=False, soft_wrap=True)
+        if output:
+            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> NoReturn:

@@ -59,6 +59,7 @@ class Measurement:
 
     Attributes:
         seconds: from the call of `from_pretrained` to its return; without device_map, on a GPU, moving there included.
+        move_seconds: the part of `seconds` that moving to the GPU took.
         held_bytes: storage of all components afterwards.
         host_peak_bytes: peak of anonymous host memory above the level before.
         device_peak_bytes: peak of allocated device memory, 0 without a GPU.
@@ -68,6 +69,7 @@ class Measurement:
 
     case: Case
     seconds: float = 0.0
+    move_seconds: float = 0.0
     held_bytes: int = 0
     host_peak_bytes: int = 0
     device_peak_bytes: int = 0
@@ -145,13 +147,11 @@ def default_cases() -> tuple[Case, ...]:
     return (*cases, Case("llm-dit", "int4", "cuda"))
 
 
-def run(folder: Path, cases: tuple[Case, ...], repeats: int = 1) -> list[Measurement]:
-    """Measures each case in a fresh process; of several repeats the fastest counts, its memory with it."""
-    results = []
+def run(folder: Path, cases: tuple[Case, ...], repeats: int = 1) -> Iterator[Measurement]:
+    """Measures each case in a fresh process, as it comes; of several repeats the fastest counts, its memory with it."""
     for case in tqdm(cases, desc="Loading", unit="case"):
         runs = [_in_fresh_process(folder, case) for _ in range(repeats)]
-        results.append(min(runs, key=lambda run: run.seconds))
-    return results
+        yield min(runs, key=lambda run: run.seconds)
 
 
 def _in_fresh_process(folder: Path, case: Case) -> Measurement:
@@ -174,13 +174,15 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
     with _sampled_host_memory() as host:
         start = time.perf_counter()
         pipe = load(str(folder))
+        loaded = time.perf_counter()
         if cuda and case.device_map is None:
             pipe.to("cuda")
         if cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
     return {
-        "seconds": seconds,
+        "seconds": end - start,
+        "move_seconds": end - loaded,
         "held_bytes": sum(model_bytes(c) for c in pipe.components.values() if isinstance(c, nn.Module)),
         "host_peak_bytes": max(host) - host[0],
         "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
@@ -240,19 +242,19 @@ def _anonymous_bytes() -> int:
     raise RuntimeError("this system does not report anonymous memory in /proc/self/status: run the benchmark on Linux")
 
 
-def table(results: list[Measurement]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| load | s | held MiB | host peak MiB | device peak MiB | device held MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        if result.error:
-            lines.append(f"| {result.case.label} | {result.error} | | | | |")
-            continue
-        cells = (result.held_bytes, result.host_peak_bytes, result.device_peak_bytes, result.device_held_bytes)
-        lines.append(f"| {result.case.label} | {result.seconds:.1f} | " + " | ".join(f"{c / MIB:.0f}" for c in cells) + " |")
-    return "\n".join(lines)
+HEADER: Final = "| load | s | held MiB | host peak MiB | device peak MiB | device held MiB |\n|---|---|---|---|---|---|"
+"""First two lines of the Markdown table that `row` continues."""
+
+
+def row(result: Measurement) -> str:
+    """One line of the Markdown table."""
+    if result.error:
+        return f"| {result.case.label} | {result.error} | | | | |"
+    seconds = f"{result.seconds:.1f}"
+    if result.move_seconds > 0.05:
+        seconds += f", {result.move_seconds:.1f} of it moving to the GPU"
+    cells = (result.held_bytes, result.host_peak_bytes, result.device_peak_bytes, result.device_held_bytes)
+    return f"| {result.case.label} | {seconds} | " + " | ".join(f"{cell / MIB:.0f}" for cell in cells) + " |"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import torch
 
-from llm_dit.bench.load import Case, Measurement, measure, run, table
+from llm_dit.bench.load import HEADER, Case, Measurement, measure, row, run
 from llm_dit.tiny import build
 
 
@@ -15,7 +15,8 @@ def test_measures_in_a_fresh_process(tmp_path):
     assert all(result.seconds > 0 and result.host_peak_bytes > 0 for result in (bf16, stock, ours))
     if not torch.cuda.is_available():
         assert ours.device_peak_bytes == 0
-    assert table([bf16, stock, ours]).count("\n") == 4
+    columns = HEADER.splitlines()[0].count("|")
+    assert all(row(result).count("|") == columns for result in (bf16, stock, ours))
 
 
 def test_a_failing_case_does_not_take_the_others_with_it(tmp_path):
@@ -23,7 +24,7 @@ def test_a_failing_case_does_not_take_the_others_with_it(tmp_path):
     failed, fine = run(tmp_path / "model", (Case("llm-dit", "int9"), Case("bf16", "none")))
     assert "did you mean 'int8'" in failed.error
     assert fine.held_bytes > 0
-    assert "int9" in table([failed, fine])
+    assert "int9" in row(failed)
 
 
 def test_counts_what_the_pipeline_holds(tmp_path):
