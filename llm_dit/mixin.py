@@ -36,6 +36,7 @@ from .quantization import (
     quantized_by,
 )
 from .quantization.sizes import model_tensors
+from .quantization.tensors.staging import release_staging
 from .request import LoadOptions, LoadRequest
 from .saving import prepare_for_saving
 
@@ -139,6 +140,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
             loader.close_timer()
             pipe._report = pipe._finish(loader, request, passed)
+        release_staging()
         if user_config is None:
             # diffusers keeps the loader as `pipe.quantization_config`; it has served, and it holds the plans.
             del pipe.quantization_config

@@ -23,7 +23,7 @@ from ..quantization.filters import Layer, decide_layers, matches, named_layers
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.sizes import model_bytes
-from ..quantization.tensors.stream import row_chunks
+from ..quantization.tensors.stream import fetch, row_chunks, store
 from .base import ComponentRequest, LoadPlan
 from .saving import detach_saver
 
@@ -124,5 +124,5 @@ def _cast_read(value: Tensor, device: torch.device) -> Tensor:
     limit = torch.finfo(STORAGE_DTYPE).max
     result = torch.empty(value.shape, dtype=STORAGE_DTYPE, device=device)
     for chunk in row_chunks(value, device) if value.ndim else ():
-        result[chunk] = value[chunk].to(device).clamp(-limit, limit).to(STORAGE_DTYPE)
+        store(result[chunk], fetch(value[chunk], device).clamp(-limit, limit).to(STORAGE_DTYPE))
     return result

@@ -16,7 +16,7 @@ from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-from .stream import register_weight_handler, require_finite, row_chunks
+from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
 
 ZERO_ROW_BOUND = 1e-12
 """Floor of the absolute maximum behind a scale. torchao's own users settled on it; 1e-12 / 448 is a normal float32."""
@@ -49,14 +49,11 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
     scale = torch.empty((rows if per_row else 1, 1), dtype=torch.float32, device=target)
     tensor_scale = None if per_row else _tensor_scale(weight, compute)
     for chunk in row_chunks(weight, compute):
-        part = weight[chunk].to(compute)
-        if tensor_scale is not None:
-            qdata[chunk] = (part.float() / tensor_scale).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
-            continue
-        # float16 would round amax / 448 to a subnormal; bfloat16 and float32 go the way torchao goes, bit for bit.
-        part = part.float() if part.dtype == torch.float16 else part
-        quantized = Float8Tensor.from_hp(part, granularity=PerRow(), hp_value_lb=ZERO_ROW_BOUND)
-        qdata[chunk], scale[chunk] = quantized.qdata, quantized.scale
+        part = fetch(weight[chunk], compute)
+        part_scale = _scale(part.abs().amax(dim=1, keepdim=True)) if tensor_scale is None else tensor_scale
+        store(qdata[chunk], (part.float() / part_scale).clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn))
+        if tensor_scale is None:
+            store(scale[chunk], part_scale)
     if tensor_scale is not None:
         scale.copy_(tensor_scale)
     require_finite(scale)
@@ -78,10 +75,19 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
     )
 
 
+def _scale(amax: Tensor) -> Tensor:
+    """amax / 448 as float32, divided in the weight's dtype as torchao divides, so that the bits are torchao's.
+
+    Its own `from_hp` is not called chunk by chunk: under torch 2.11 on CUDA what it computes in between stays allocated.
+    float16 alone is widened first, for it would round the quotient to a subnormal.
+    """
+    amax = amax.float() if amax.dtype == torch.float16 else amax
+    return (amax.clamp(min=ZERO_ROW_BOUND) / _MAX).float()
+
+
 def _tensor_scale(weight: Tensor, compute: torch.device) -> Tensor:
-    """Scale [1, 1] float32 of the whole weight, from the absolute maxima of its chunks, rounded as torchao rounds it."""
+    """Scale [1, 1] float32 of the whole weight, from the absolute maxima of its chunks."""
     if weight.is_meta:
         return torch.empty((1, 1), device="meta")
-    amax = torch.stack([weight[chunk].to(compute).abs().amax() for chunk in row_chunks(weight, compute)]).amax()
-    amax = amax.float() if amax.dtype == torch.float16 else amax
-    return (amax.clamp(min=ZERO_ROW_BOUND) / _MAX).float().reshape(1, 1)
+    amax = torch.stack([fetch(weight[chunk], compute).abs().amax() for chunk in row_chunks(weight, compute)]).amax()
+    return _scale(amax).reshape(1, 1)

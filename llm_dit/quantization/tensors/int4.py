@@ -15,7 +15,7 @@ from torch import Tensor
 from torchao.core.config import AOBaseConfig
 
 from .base import DequantizedWeight, aten, run_dequantized, serializable
-from .stream import register_weight_handler, require_finite, row_chunks
+from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
 
 GROUP_SIZE = 128
 
@@ -77,15 +77,16 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     # A group of equal weights has no range. The floor keeps the scale from 0; such a group is its zero point alone.
     floor = torch.finfo(weight.dtype).tiny
     for chunk in row_chunks(weight, compute):
-        part = weight[chunk].to(compute).float().view(-1, groups, config.group_size)
+        part = fetch(weight[chunk], compute).float().view(-1, groups, config.group_size)
         low, high = part.amin(-1), part.amax(-1)
         # Rounded as they are stored before the weights are, so that the rounding of a scale adds no error of its own.
         step = ((high - low) / 15).to(weight.dtype).clamp(min=floor)
         low = low.to(weight.dtype)
         q = ((part - low.float().unsqueeze(-1)) / step.float().unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8)
         q = q.view(-1, columns)
-        qdata[chunk] = q[:, ::2] | (q[:, 1::2] << 4)
-        scale[chunk], zero_point[chunk] = step, low
+        store(qdata[chunk], q[:, ::2] | (q[:, 1::2] << 4))
+        store(scale[chunk], step)
+        store(zero_point[chunk], low)
     require_finite(scale)
     require_finite(zero_point)
     return Int4GroupTensor(qdata, scale, zero_point, config.group_size, weight.dtype)

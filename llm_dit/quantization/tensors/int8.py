@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import Int8Tensor, PerGroup, PerRow
+from torchao.quantization import Int8Tensor
 
-from .stream import register_weight_handler, require_finite, row_chunks
+from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
+
+_EPS = torch.finfo(torch.float32).eps
+"""torchao's floor of an int8 scale, in every dtype."""
 
 
 @dataclass
@@ -25,15 +28,17 @@ def quantize_int8(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     raw int8 values and scales afterwards, and sums of products of up to 127 overflow float16; grouped weights are
     dequantized first.
     """
-    columns = weight.shape[1]
-    grouped = weight.dtype == torch.float16 and columns % 2 == 0
-    granularity = PerGroup(columns // 2) if grouped else PerRow()
-    scales = 2 if grouped else 1
+    rows, columns = weight.shape
+    groups = 2 if weight.dtype == torch.float16 and columns % 2 == 0 else 1
     qdata = torch.empty(weight.shape, dtype=torch.int8, device=target)
-    scale = torch.empty((weight.shape[0], scales), dtype=torch.float32, device=target)
-    zero_point = torch.zeros((weight.shape[0], scales), dtype=torch.int8, device=target)
+    scale = torch.empty((rows, groups), dtype=torch.float32, device=target)
+    zero_point = torch.zeros((rows, groups), dtype=torch.int8, device=target)
     for chunk in row_chunks(weight, compute):
-        quantized = Int8Tensor.from_hp(weight[chunk].to(compute), granularity=granularity)
-        qdata[chunk], scale[chunk] = quantized.qdata, quantized.scale
+        part = fetch(weight[chunk], compute).view(-1, groups, columns // groups)
+        # Divided in the weight's dtype and multiplied by the reciprocal, as torchao does: the bits are torchao's.
+        part_scale = (part.abs().amax(dim=2, keepdim=True) / 127.5).clamp(min=_EPS).float()
+        q = (part * (1.0 / part_scale)).round_().clamp_(-128, 127).to(torch.int8)
+        store(qdata[chunk], q.view(-1, columns))
+        store(scale[chunk], part_scale.squeeze(2))
     require_finite(scale)
-    return Int8Tensor(qdata, scale, [1, columns // scales], weight.dtype, zero_point=zero_point)
+    return Int8Tensor(qdata, scale, [1, columns // groups], weight.dtype, zero_point=zero_point)
