@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from .backends import BACKENDS, Backend, ComponentRequest, LoadPlan
-from .backends.streaming import DiffusersStreamingConfig, TransformersStreamingConfig
+from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
 from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
 from .quantization.filters import named_layers
@@ -84,7 +84,7 @@ class PipelineLoader(PipelineQuantizationConfig):
         load.backend, load.request = chosen
         kind = DiffusersStreamingConfig if is_diffusers else TransformersStreamingConfig
         bits = round(load.request.method.bytes_per_weight * 8)
-        config = kind(planner=partial(self._plan, load), bits=bits)
+        config = kind(planner=Planner(partial(self._plan, load)), bits=bits)
         self.config_mapping[module_name] = config
         return config
 

@@ -28,7 +28,27 @@ from ..quantization.filters import Layer
 from .base import LoadPlan, Transform
 from .host_memory import HostMemory
 
-Planner = Callable[[nn.Module], LoadPlan]
+
+class Planner:
+    """Makes the plan of a meta model; never copied.
+
+    transformers copies configurations deeply (`PreTrainedConfig.to_dict`), and through the plans of the components that are
+    loaded already a copy would reach their weights.
+    """
+
+    def __init__(self, make: Callable[[nn.Module], LoadPlan]) -> None:
+        self._make = make
+
+    def __call__(self, model: nn.Module) -> LoadPlan:
+        return self._make(model)
+
+    def __copy__(self) -> Planner:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planner:
+        return self
+
+
 QUANT_METHOD = "llm_dit"
 
 

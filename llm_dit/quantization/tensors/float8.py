@@ -78,7 +78,6 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
 def _scale(amax: Tensor) -> Tensor:
     """amax / 448 as float32, divided in the weight's dtype as torchao divides, so that the bits are torchao's.
 
-    Its own `from_hp` is not called chunk by chunk: under torch 2.11 on CUDA what it computes in between stays allocated.
     float16 alone is widened first, for it would round the quotient to a subnormal.
     """
     amax = amax.float() if amax.dtype == torch.float16 else amax
