@@ -1,6 +1,6 @@
 """Draws a result of `benchmarks/load.py` (its --output file): load time and the peaks of device and host memory.
 
-    python benchmarks/plot_load.py benchmarks/results/load-klein-9b-h200.json docs/load.png
+python benchmarks/plot_load.py benchmarks/results/load-klein-9b-h200.json docs/load.png
 """
 
 import json
@@ -10,8 +10,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from llm_dit.bench.load import Case
 from matplotlib import pyplot
+
+from llm_dit.bench.load import Case
 
 GIB = 1024**3
 

@@ -6,10 +6,11 @@ Random weights of 4096 x 4096 in bfloat16, Gaussian and with heavy tails (Studen
 """
 
 import torch
-from llm_dit.quantization import METHODS
-from llm_dit.quantization.tensors.stream import quantize_weight
 from torch.distributions import Normal, StudentT
 from torch.nn.functional import linear
+
+from llm_dit.quantization import METHODS
+from llm_dit.quantization.tensors.stream import quantize_weight
 
 
 def error(value: torch.Tensor, reference: torch.Tensor) -> float:

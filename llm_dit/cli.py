@@ -41,6 +41,11 @@ TransformerFile = Annotated[str | None, typer.Option(help="An official fp8 check
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _print(text: str) -> None:
+    """Prints text as it is: no markup in it, no line broken."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def _load_keywords(
     quantization: str | None,
     transformer: str | None,
@@ -101,8 +106,8 @@ def generate(
     from .load import pipeline_class_of
 
     family = get_family(context.obj) if context.obj else None
-    source = model or (family.published[0].repo_id if family else None)
-    if source is None:
+    source = model or (family.published[0].repo_id if family else "")
+    if not source:
         raise ValueError("which model? give --model a folder or a repository id")
     found = pipeline_class_of(source).family
     if family and found.name != family.name:
@@ -128,7 +133,7 @@ def generate(
     }
     target = output or Path("out.mp4" if found.generation.video else "out.png")
     result = run(GenerateOptions(source, prompt, target, load, call, guidance, seed, device, offload))
-    console.print(str(result.pipe.quantization_report), markup=False, soft_wrap=True)
+    _print(str(result.pipe.quantization_report))
     console.print(f"{result.output}: loaded in {result.load_seconds:.1f} s, made in {result.generate_seconds:.1f} s")
 
 
@@ -165,7 +170,7 @@ def quantize(
     beside = output.with_name(f"{output.name}.part")
     pipe.save_pretrained(beside)
     beside.rename(output)
-    console.print(str(pipe.quantization_report), markup=False, soft_wrap=True)
+    _print(str(pipe.quantization_report))
     console.print(f"saved to {output}")
 
 
@@ -228,9 +233,9 @@ def inspect(
         return
     components = found.pop("components", None)
     for key, value in found.items():
-        console.print(f"{key}: {value}", markup=False, soft_wrap=True)
+        _print(f"{key}: {value}")
     for name, component in (components or {}).items():
-        console.print(f"{name}: {component}", markup=False, soft_wrap=True)
+        _print(f"{name}: {component}")
 
 
 @app.command()
@@ -242,7 +247,7 @@ def demo(
     from .demo import run_demo
 
     result = run_demo(folder, method)
-    console.print(str(result.pipe.quantization_report), markup=False, soft_wrap=True)
+    _print(str(result.pipe.quantization_report))
     console.print(f"wrote {result.output} in {result.generate_seconds:.1f} s (random weights: the picture is noise)")
 
 
@@ -261,11 +266,11 @@ def load(
 
     place = folder or Path(tempfile.gettempdir()) / f"llm-dit-bench-{geometry}"
     bench.build_folder(place, geometry)
-    console.print(bench.HEADER, markup=False, soft_wrap=True)
+    _print(bench.HEADER)
     results = []
     for result in bench.run(place, bench.default_cases(), repeats):
         results.append(asdict(result))
-        console.print(bench.row(result), markup=False, soft_wrap=True)
+        _print(bench.row(result))
         if output:
             output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
