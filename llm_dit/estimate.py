@@ -88,8 +88,7 @@ def estimate_pipeline(
 
     Args:
         source: a folder, a repository id (only its .json files are fetched), an offline name such as "klein-9b", or
-            the name
-            of a pipeline class, which stands for the family's published model of that class.
+            the name of a pipeline class, which stands for the family's published model of that class.
         granularity, skip_patterns, dtype: as in `estimate_memory`.
         **hub: where to find a repository, e.g. `revision`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from os import PathLike
@@ -17,6 +17,8 @@ from torch import nn
 
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
+from .config import RuntimeConfig
+from .families import quantizable_class
 from .families.base import Family
 from .loader import (
     PipelineLoader,
@@ -37,7 +39,7 @@ from .quantization import (
 )
 from .quantization.sizes import model_tensors
 from .quantization.tensors.staging import release_staging
-from .request import LoadOptions, LoadRequest
+from .request import LoadOptions, LoadRequest, Quantization
 from .saving import prepare_for_saving
 
 logger = logging.getLogger(__name__)
@@ -90,14 +92,30 @@ class QuantizablePipelineMixin(DiffusionPipeline):
     _report: QuantizationReport | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        quantization: Quantization | None = None,
+        quantization_transformer: str | None = None,
+        quantization_encoder: str | None = None,
+        quantization_vae: str | None = None,
+        quantization_granularity: str | None = None,
+        quantization_backend: str | Mapping[str, str] | None = None,
+        quantization_skip: Sequence[str] | None = None,
+        transformer_file: str | PathLike[str] | None = None,
+        activation_scale: str = "dynamic",
+        config: str | PathLike[str] | RuntimeConfig | None = None,
+        compile: bool | None = None,
+        compile_mode: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Loads a pipeline, quantizing its components as they are read.
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository on the Hub.
             quantization: a method for the transformer, "auto", a mapping from roles ("encoder", "transformer", "vae")
-                or
-                component names to methods, or a `PipelineQuantConfig`.
+                or component names to methods, or a `PipelineQuantConfig`.
             quantization_transformer, quantization_encoder, quantization_vae: a method each; win over `quantization`.
             quantization_granularity: "per-row" (default) or "per-tensor", for the fp8 methods.
             quantization_backend: "torchao" (default), "layerwise" or "checkpoint", or a mapping by role or component.
@@ -105,10 +123,9 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             transformer_file: an official fp8 checkpoint.
             activation_scale: "dynamic", or "static" for the scales of such a checkpoint.
             config: the path of a config.toml, or a `RuntimeConfig`; keyword arguments win over it.
-            compile, compile_mode: compile the transformer's repeated blocks.
+            compile, compile_mode: compile the transformer's repeated blocks (False and "default" if no `config` says else).
             **kwargs: everything else means what it means in diffusers, except that `torch_dtype` defaults to bfloat16
-                when
-                something is quantized.
+                when something is quantized.
 
         Returns:
             The pipeline, with `quantization_report` saying what was done.
@@ -117,8 +134,30 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             ValueError: for unknown, removed or contradictory arguments, or a method the hardware lacks.
             RuntimeError: if something asked for could not be done, or a quantized layer gives NaN.
         """
-        source = str(pretrained_model_name_or_path)
-        options = LoadOptions(**{name: kwargs.pop(name) for name in _OWN_KEYWORDS if name in kwargs})
+        options = LoadOptions(
+            quantization,
+            quantization_transformer,
+            quantization_encoder,
+            quantization_vae,
+            quantization_granularity,
+            quantization_backend,
+            quantization_skip,
+            transformer_file,
+            activation_scale,
+            config,
+            compile,
+            compile_mode,
+        )
+        return cls._load(str(pretrained_model_name_or_path), options, kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass of a pipeline that a family covers belongs to that family, unless it says otherwise."""
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "family"):
+            cls.family = quantizable_class(diffusers_class(cls).__name__).family
+
+    @classmethod
+    def _load(cls, source: str, options: LoadOptions, kwargs: dict[str, Any]) -> Self:
         components, init_keywords = cls._get_signature_keys(cls)
         cls._refuse_unknown(kwargs, (*components, *init_keywords))
         request = LoadRequest.resolve(options, cls.family.name, tuple(components))
@@ -136,11 +175,13 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         user_config = kwargs.pop("quantization_config", None)
         if "torch_dtype" in kwargs and "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")  # diffusers 0.42 warns of the old name, which our users know
-        with torch.inference_mode(False), torch.no_grad():
-            pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
-            loader.close_timer()
-            pipe._report = pipe._finish(loader, request, passed)
-        release_staging()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
+                loader.close_timer()
+                pipe._report = pipe._finish(loader, request, passed)
+        finally:
+            release_staging()
         if user_config is None:
             # diffusers keeps the loader as `pipe.quantization_config`; it has served, and it holds the plans.
             del pipe.quantization_config
@@ -231,7 +272,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             raise ValueError(
                 "quantization_config is diffusers' way to quantize and quantization* is llm_dit's: give one of the two"
             )
-        if kwargs.get("low_cpu_mem_usage", True) is not True:
+        if kwargs.get("low_cpu_mem_usage") is False:
             raise ValueError(
                 "low_cpu_mem_usage=False loads whole bf16 models first and cannot be combined with quantization: leave it out"
             )

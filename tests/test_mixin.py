@@ -20,7 +20,7 @@ from llm_dit.backends import BACKENDS
 from llm_dit.config import RuntimeConfig
 from llm_dit.families.flux2 import QuantizableFlux2KleinPipeline
 from llm_dit.families.z_image import QuantizableZImageImg2ImgPipeline, QuantizableZImagePipeline
-from llm_dit.mixin import DIFFUSERS_KEYWORDS
+from llm_dit.mixin import DIFFUSERS_KEYWORDS, QuantizablePipelineMixin
 
 BF16 = torch.bfloat16
 
@@ -120,6 +120,16 @@ def test_a_subclass_chooses_by_a_hook(folder):
     pipe = EncoderStaysPlain.from_pretrained(folder, quantization={"encoder": "int8", "transformer": "int8"})
     assert methods(pipe)["text_encoder"] == "none"
     assert methods(pipe)["transformer"] == "int8"
+
+
+def test_the_mixin_plugs_into_a_diffusers_class(folder):
+    class Mine(QuantizablePipelineMixin, diffusers.ZImagePipeline):
+        pass
+
+    assert Mine.family is QuantizableZImagePipeline.family
+    assert methods(Mine.from_pretrained(folder, quantization="int8"))["transformer"] == "int8"
+    with pytest.raises(ValueError, match="no quantizable pipeline for 'FluxPipeline'"):
+        type("Other", (QuantizablePipelineMixin, diffusers.FluxPipeline), {})
 
 
 def test_a_subclass_chooses_a_backend_by_a_hook(folder):

@@ -20,8 +20,7 @@ class PipelineQuantConfig:
         granularity: "per-row" or "per-tensor", read by the fp8 methods.
         skip: name patterns left in bf16, in every component.
         backend: how quantized weights get into a component, "torchao", "layerwise" or "checkpoint": one name, or a
-            mapping from
-            roles or component names.
+            mapping from roles or component names.
 
     Raises:
         ValueError: for an unknown or removed value, with the one to use instead.

@@ -67,8 +67,7 @@ def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device |
         weight: the weight, [N, K] of a Linear or [C_out, C_in, ...] of a convolution, on any device.
         config: one of the configurations of this package.
         target: the device that holds the result; by default the weight's own. A weight bound for the CPU is quantized
-            on
-            the GPU where there is one, chunk by chunk, which takes a tenth of the time and one chunk of its memory.
+            on the GPU where there is one, chunk by chunk, which takes a fraction of the time and one chunk of its memory.
 
     Raises:
         ValueError: if the weight holds NaN or infinity.
