@@ -26,8 +26,8 @@ def load_pipeline(pretrained_model_name_or_path: str | PathLike[str], **kwargs: 
 
 def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[QuantizablePipelineMixin]:
     """Our class for the pipeline that `source` holds; of `kwargs`, those that find files on the Hub are read."""
+    from .arguments import HUB_KEYWORDS
     from .loader import read_json
-    from .mixin import HUB_KEYWORDS
 
     hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     index = read_json(str(source), "model_index.json", hub)

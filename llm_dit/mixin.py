@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import fields, replace
+from dataclasses import replace
 from os import PathLike
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from .arguments import HUB_KEYWORDS, check_request, load_dtypes, refuse_unknown
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
-from .families import quantizable_class
 from .families.base import Family
 from .loader import (
     PipelineLoader,
@@ -28,7 +28,6 @@ from .loader import (
     saved_method,
     was_layerwise,
 )
-from .names import nearest
 from .quantization import (
     ComponentReport,
     QuantizationReport,
@@ -44,41 +43,8 @@ from .saving import prepare_for_saving
 
 logger = logging.getLogger(__name__)
 
-DIFFUSERS_KEYWORDS: Final = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "local_files_only",
-    "token",
-    "revision",
-    "torch_dtype",
-    "dtype",
-    "custom_pipeline",
-    "custom_revision",
-    "provider",
-    "sess_options",
-    "provider_options",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_state_dict",
-    "low_cpu_mem_usage",
-    "variant",
-    "use_safetensors",
-    "use_onnx",
-    "load_connected_pipeline",
-    "quantization_config",
-    "use_flashpack",
-    "disable_mmap",
-    "trust_remote_code",
-    "output_loading_info",
-    "mirror",
-)
-"""Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
 _KEEP_DTYPES: ContextVar[bool] = ContextVar("keep_dtypes", default=False)
 """True inside a `from_pipe` without a dtype: diffusers ends it with `.to(float32)`, whose default cannot be turned off."""
-HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-_OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
 
 
 class QuantizablePipelineMixin(DiffusionPipeline):
@@ -154,20 +120,26 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         """A subclass of a pipeline that a family covers belongs to that family, unless it says otherwise."""
         super().__init_subclass__(**kwargs)
         if not hasattr(cls, "family"):
+            from .families import quantizable_class  # the families import this module
+
             cls.family = quantizable_class(diffusers_class(cls).__name__).family
 
     @classmethod
     def _load(cls, source: str, options: LoadOptions, kwargs: dict[str, Any]) -> Self:
         components, init_keywords = cls._get_signature_keys(cls)
-        cls._refuse_unknown(kwargs, (*components, *init_keywords))
+        refuse_unknown(cls.__name__, kwargs, (*components, *init_keywords))
         request = LoadRequest.resolve(options, cls.family.name, tuple(components))
-        cls._check_request(request, kwargs)
+        roles = {name: role for name in components if (role := cls.component_role(name))}
+        if request.quantizes:
+            request = replace(request, dtypes=load_dtypes(kwargs))
+            check_request(request, roles, diffusers_class(cls).__name__, kwargs)
+            cls._check_components(request, roles, without={name for name, value in kwargs.items() if value is None})
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
-        saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in components if cls.component_role(name))
+        saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in roles)
         active = request.quantizes or saved_quantized
         if active:
-            request = replace(request, dtypes=_load_dtypes(kwargs))
+            request = replace(request, dtypes=load_dtypes(kwargs))
             if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
                 kwargs["dtype"] = torch.bfloat16
                 request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
@@ -257,37 +229,11 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def _refuse_unknown(cls, kwargs: Mapping[str, Any], expected: tuple[str, ...]) -> None:
-        valid = sorted({*_OWN_KEYWORDS, *DIFFUSERS_KEYWORDS, *expected})
-        for name in kwargs:
-            if name not in valid:
-                raise ValueError(f"{cls.__name__}.from_pretrained has no argument {name!r}: {nearest(name, valid)}")
-
-    @classmethod
-    def _check_request(cls, request: LoadRequest, kwargs: Mapping[str, Any]) -> None:
-        """Refuses what cannot work before a byte is read."""
-        if not request.quantizes:
-            return
-        if kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "quantization_config is diffusers' way to quantize and quantization* is llm_dit's: give one of the two"
-            )
-        if kwargs.get("low_cpu_mem_usage") is False:
-            raise ValueError(
-                "low_cpu_mem_usage=False loads whole bf16 models first and cannot be combined with quantization: leave it out"
-            )
-        names, _ = cls._get_signature_keys(cls)
-        roles = {name: role for name in names if (role := cls.component_role(name))}
-        for asked in request.asked:
-            if asked not in roles and asked not in roles.values():
-                raise ValueError(
-                    f"{diffusers_class(cls).__name__} has no component for quantization_{asked}: it has "
-                    + ", ".join(f"{name} ({role})" for name, role in roles.items())
-                )
-        dtypes = replace(request, dtypes=_load_dtypes(kwargs))
+    def _check_components(cls, request: LoadRequest, roles: Mapping[str, str], without: Container[str]) -> None:
+        """Lets the backends refuse what they cannot do, before a byte is read."""
         for name, role in roles.items():
-            wanted = cls.component_request(name, role, dtypes)
-            if wanted is not None and not (name in kwargs and kwargs[name] is None):
+            wanted = cls.component_request(name, role, request)
+            if wanted is not None and name not in without:
                 cls.component_backend(name, role, request).check(wanted)
 
     @classmethod
@@ -352,18 +298,6 @@ def diffusers_class(cls: type) -> type:
 
 def _is_quantized(saved: Mapping[str, Any]) -> bool:
     return saved.get("quantization_config") is not None or was_layerwise(saved)
-
-
-def _load_dtypes(kwargs: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """The dtype of each component from `torch_dtype` or `dtype`; bfloat16 where neither is given."""
-    given = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
-    if given is None:
-        given = torch.bfloat16
-    if isinstance(given, Mapping):
-        return {"default": torch.bfloat16, **given}
-    if not isinstance(given, torch.dtype):
-        raise ValueError(f"torch_dtype must be a torch.dtype or a mapping of them with quantization, not {given!r}")
-    return {"default": given}
 
 
 def _compared(report: ComponentReport, wanted: ComponentRequest | None, model: nn.Module) -> ComponentReport:

@@ -16,11 +16,12 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 from torchao.utils import TorchAOBaseTensor
 
 from llm_dit import PipelineQuantConfig, QuantizationReport, load_pipeline
+from llm_dit.arguments import DIFFUSERS_KEYWORDS
 from llm_dit.backends import BACKENDS
 from llm_dit.config import RuntimeConfig
 from llm_dit.families.flux2 import QuantizableFlux2KleinPipeline
 from llm_dit.families.z_image import QuantizableZImageImg2ImgPipeline, QuantizableZImagePipeline
-from llm_dit.mixin import DIFFUSERS_KEYWORDS, QuantizablePipelineMixin
+from llm_dit.mixin import QuantizablePipelineMixin
 
 BF16 = torch.bfloat16
 

@@ -1,0 +1,90 @@
+"""The keyword arguments of `from_pretrained`, ours and diffusers', and what is refused about them before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Final
+
+import torch
+
+from .names import nearest
+from .request import LoadOptions, LoadRequest
+
+DIFFUSERS_KEYWORDS: Final = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "torch_dtype",
+    "dtype",
+    "custom_pipeline",
+    "custom_revision",
+    "provider",
+    "sess_options",
+    "provider_options",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "low_cpu_mem_usage",
+    "variant",
+    "use_safetensors",
+    "use_onnx",
+    "load_connected_pipeline",
+    "quantization_config",
+    "use_flashpack",
+    "disable_mmap",
+    "trust_remote_code",
+    "output_loading_info",
+    "mirror",
+)
+"""Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
+HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
+
+
+def refuse_unknown(pipeline: str, kwargs: Mapping[str, Any], expected: tuple[str, ...]) -> None:
+    """Raises ValueError for a keyword argument that nobody takes, naming the nearest; diffusers only warns.
+
+    Args:
+        pipeline: name of the class, for the error.
+        expected: components and other arguments of the pipeline's `__init__`.
+    """
+    valid = sorted({*OWN_KEYWORDS, *DIFFUSERS_KEYWORDS, *expected})
+    for name in kwargs:
+        if name not in valid:
+            raise ValueError(f"{pipeline}.from_pretrained has no argument {name!r}: {nearest(name, valid)}")
+
+
+def check_request(request: LoadRequest, roles: Mapping[str, str], pipeline: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError where a request to quantize contradicts the other arguments or the pipeline.
+
+    Args:
+        roles: role by component name, of the pipeline's components that have one.
+        pipeline: name of the diffusers class, for the error.
+    """
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError("quantization_config is diffusers' way to quantize and quantization* is llm_dit's: give one of the two")
+    if kwargs.get("low_cpu_mem_usage") is False:
+        raise ValueError(
+            "low_cpu_mem_usage=False loads whole bf16 models first and cannot be combined with quantization: leave it out"
+        )
+    for asked in request.asked:
+        if asked not in roles and asked not in roles.values():
+            listed = ", ".join(f"{name} ({role})" for name, role in roles.items())
+            raise ValueError(f"{pipeline} has no component for quantization_{asked}: it has {listed}")
+
+
+def load_dtypes(kwargs: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The dtype of each component from `torch_dtype` or `dtype`; bfloat16 where neither is given."""
+    given = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
+    if given is None:
+        given = torch.bfloat16
+    if isinstance(given, Mapping):
+        return {"default": torch.bfloat16, **given}
+    if not isinstance(given, torch.dtype):
+        raise ValueError(f"torch_dtype must be a torch.dtype or a mapping of them with quantization, not {given!r}")
+    return {"default": given}
