@@ -59,6 +59,21 @@ def refuse_unknown(pipeline: str, kwargs: Mapping[str, Any], expected: tuple[str
             raise ValueError(f"{pipeline}.from_pretrained has no argument {name!r}: {nearest(name, valid)}")
 
 
+def check_source(pipeline: str, family: str, index: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model_index.json names a pipeline of another family than `pipeline`'s, with the class to use."""
+    from .families import pipeline_classes
+
+    named = pipeline_classes().get(f"Quantizable{index.get('_class_name')}")
+    if named is not None and named.family.name != family:
+        raise ValueError(f"{pipeline} cannot load a {named.family.title} pipeline: use {named.__name__}, or load_pipeline")
+
+
+def check_device(device_map: Any) -> None:
+    """Raises ValueError if `device_map` names a CUDA device and there is none."""
+    if str(device_map).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device_map={device_map!r}, and there is no CUDA device: leave device_map out to load on the CPU")
+
+
 def check_request(request: LoadRequest, roles: Mapping[str, str], pipeline: str, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError where a request to quantize contradicts the other arguments or the pipeline.
 

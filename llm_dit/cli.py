@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -90,10 +89,10 @@ def generate(
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = None,
     compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile.")] = None,
     negative_prompt: Annotated[str | None, typer.Option()] = None,
-    height: Annotated[int | None, typer.Option()] = None,
-    width: Annotated[int | None, typer.Option()] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cuda or cpu; the first there is by default.")] = "",
@@ -167,6 +166,9 @@ def quantize(
         config,
     )
     pipe = load_pipeline(model, **load)
+    quantized_before = [report.name for report in pipe.quantization_report if report.method == "already_quantized"]
+    if quantized_before:
+        raise ValueError(f"{model} is quantized already ({', '.join(quantized_before)}): give the bf16 model")
     beside = output.with_name(f"{output.name}.part")
     pipe.save_pretrained(beside)
     beside.rename(output)
@@ -297,16 +299,25 @@ def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any =
     _quiet_imports()
     try:
         typer_app(args=args, standalone_mode=False, obj=obj)
-    except click.ClickException as error:
-        error.show()
-        raise SystemExit(error.exit_code) from None
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, KeyError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
+    except Exception as error:
+        # Usage errors are click's, of the copy that typer brings or of the installed one: told by what they can do.
+        if not hasattr(error, "format_message"):
+            _fail(error)
+        elif type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+        else:
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)
+
+
+def _fail(error: Exception) -> None:
+    """One line on standard error; an error that is not made for users names its type too."""
+    told = isinstance(error, ValueError | RuntimeError | OSError | ImportError | NotImplementedError)
+    message = " ".join(str(error).split())
+    print(f"error: {message if told and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
 
 
 def _quiet_imports() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from PIL import Image
 
-from .load import load_pipeline
+from .load import load_pipeline, pipeline_class_of
 from .mixin import QuantizablePipelineMixin
 from .names import check_name, nearest
 
@@ -73,11 +73,11 @@ def generate(options: GenerateOptions) -> Generated:
         ValueError: for an argument that the pipeline does not take, or an output of the wrong kind.
     """
     check_name(options.offload, OFFLOADS, "offload")
+    check_output(options.output, pipeline_class_of(options.model).family.generation.video)
     start = time.perf_counter()
     pipe = load(options)
     loaded = time.perf_counter()
     call = call_arguments(pipe, options)
-    check_output(options.output, pipe.family.generation.video)
     result = pipe(**call)
     write_output(options.output, result, pipe, call)
     return Generated(options.output, pipe, loaded - start, time.perf_counter() - loaded)

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .arguments import HUB_KEYWORDS, check_request, load_dtypes, refuse_unknown
+from .arguments import HUB_KEYWORDS, check_device, check_request, check_source, load_dtypes, refuse_unknown
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
@@ -25,6 +25,7 @@ from .loader import (
     inspect_component,
     models_of,
     quantize_passed_component,
+    read_json,
     saved_method,
     was_layerwise,
 )
@@ -135,6 +136,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             check_request(request, roles, diffusers_class(cls).__name__, kwargs)
             cls._check_components(request, roles, without={name for name, value in kwargs.items() if value is None})
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        check_device(kwargs.get("device_map"))
+        check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
         saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in roles)
         active = request.quantizes or saved_quantized

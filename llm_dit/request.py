@@ -89,6 +89,13 @@ class LoadRequest:
                 "activation_scale at 'dynamic'"
             )
         granularity = options.quantization_granularity or base.granularity
+        if options.quantization_backend is not None and all(method == "none" for method in methods.values()):
+            raise ValueError(
+                f"quantization_backend={options.quantization_backend!r} has nothing to quantize: give a method as well, e.g. "
+                "quantization='fp8-weight-only'"
+            )
+        if options.quantization_granularity and not any(get_method(method).fp8 for method in methods.values()):
+            notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compile_mode = options.compile_mode or section.compile_mode
         return cls(

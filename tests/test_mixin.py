@@ -192,6 +192,23 @@ def test_a_role_the_pipeline_has_not_is_refused_when_asked_for(tiny):
     assert set(methods(pipe).values()) == {"none"}
 
 
+def test_another_familys_folder_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"cannot load a FLUX\.2 pipeline: use QuantizableFlux2KleinPipeline"):
+        QuantizableZImagePipeline.from_pretrained(tiny("flux2-klein"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what holds without CUDA")
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(ValueError, match="no CUDA device: leave device_map out"):
+        QuantizableZImagePipeline.from_pretrained(folder, device_map="cuda", quantization="int8")
+
+
+def test_a_backend_without_a_method_is_refused(folder):
+    for backend in ("layerwise", "checkpoint"):
+        with pytest.raises(ValueError, match="has nothing to quantize: give a method"):
+            QuantizableZImagePipeline.from_pretrained(folder, quantization_backend=backend)
+
+
 def test_diffusers_own_configuration_is_honoured_alone_and_refused_with_ours(folder):
     mapping = PipelineQuantizationConfig(
         quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))}

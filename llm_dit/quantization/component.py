@@ -61,6 +61,7 @@ def quantize_component(
     check_name(granularity, GRANULARITIES, "granularity")
     source = quantized_by(model)
     if source is not None:
+        logger.warning("%s is already quantized (%s) and is left as it is", type(model).__name__, source)
         return model, _left_whole(model, component_type, granularity, source)
     layers = decide_layers(model, row, component_type, granularity, skip_patterns)
     before = model_bytes(model)

@@ -142,8 +142,10 @@ def _layer_config(module: nn.Module, method: Method, granularity: str) -> AOBase
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():  # each module once: one that is used twice is not tied to itself
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
     return owners
 
 

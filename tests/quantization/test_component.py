@@ -117,6 +117,13 @@ def test_a_tied_weight_stays_tied():
     assert "tied" in stats["skip_reasons"]["lm_head"]
 
 
+def test_a_layer_used_twice_is_one_layer():
+    layer = nn.Linear(64, 64)
+    model, stats = quantize_component(nn.Sequential(layer, layer), "int8", "transformer")
+    assert (stats["quantized_layers"], stats["total_layers"]) == (1, 1)
+    assert model[0] is model[1]
+
+
 @pytest.mark.parametrize("method", QUANTIZING)
 def test_outputs_stay_close(method):
     torch.manual_seed(0)
