@@ -20,6 +20,7 @@ from torch import nn
 from .families import get_family, pipeline_classes, published_models
 from .families.base import Family, Published
 from .load import pipeline_class_of
+from .loader import read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
@@ -129,17 +130,13 @@ def _components(
                 f"{nearest(source, [*published, *(name.removeprefix('Quantizable') for name in classes)])}"
             )
         folder = Path(snapshot_download(source, allow_patterns=["*.json"], **hub))
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if _has_index(folder) else {}
+    index = read_json(str(folder), "model_index.json", {})
     cls = pipeline_class_of(folder)
     return cls, {
         name: partial(_from_config, folder / name, entry[0], entry[1], dtype)
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
     }
-
-
-def _has_index(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
 
 
 def _published_for(cls: type[QuantizablePipelineMixin]) -> Published:

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
-from .backends import BACKENDS, Backend, ComponentRequest, LoadPlan
+from .backends import Backend, ComponentRequest, LoadPlan
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
 from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
@@ -238,11 +238,6 @@ def mark_layerwise(model: Any, cast: bool) -> None:
 def was_layerwise(saved: Mapping[str, Any]) -> bool:
     """True if a component's config.json says that it was saved with layerwise casting."""
     return bool(saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}"))
-
-
-def backend_named(name: str) -> Backend:
-    """The backend of that name."""
-    return BACKENDS[name]
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

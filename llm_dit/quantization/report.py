@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-GIB = 1024**3
-
 
 def format_bytes(count: int) -> str:
     """`count` in the unit a person would choose: "1.46 GiB", "845.2 KiB"."""
