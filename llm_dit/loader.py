@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from .backends import Backend, ComponentRequest, LoadPlan
+from .backends.saving import fuse_loaded
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
 from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
@@ -114,6 +115,7 @@ class PipelineLoader(PipelineQuantizationConfig):
         """
         load = self.loads[name]
         if load.request is None or load.backend is None:
+            fuse_loaded(model)
             return inspect_component(name, role, model, load.seconds, counted)
         if load.plan is None:
             raise RuntimeError(

@@ -38,7 +38,7 @@ from .quantization import (
     quantized_by,
 )
 from .quantization.sizes import model_tensors
-from .quantization.tensors.staging import release_staging
+from .quantization.tensors.staging import move_model_to_gpu, release_staging
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import prepare_for_saving
 
@@ -218,6 +218,13 @@ class QuantizablePipelineMixin(DiffusionPipeline):
                     f"this pipeline cannot be cast to {dtype}, because {', '.join(quantized)} is quantized: give "
                     "torch_dtype to from_pretrained instead; .to(device) alone works"
                 )
+        device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
+        if device is not None and torch.device(device).type == "cuda" and not self._is_pipeline_device_mapped():
+            try:
+                for model in models_of(self).values():
+                    move_model_to_gpu(model, torch.device(device))
+            finally:
+                release_staging()
         return super().to(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:

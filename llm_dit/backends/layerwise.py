@@ -23,6 +23,7 @@ from ..quantization.filters import Layer, decide_layers, matches, named_layers
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.sizes import model_bytes
+from ..quantization.tensors.staging import drain_staging
 from ..quantization.tensors.stream import fetch, row_chunks, store
 from .base import ComponentRequest, LoadPlan
 from .saving import detach_saver
@@ -125,4 +126,5 @@ def _cast_read(value: Tensor, device: torch.device) -> Tensor:
     result = torch.empty(value.shape, dtype=STORAGE_DTYPE, device=device)
     for chunk in row_chunks(value, device) if value.ndim else ():
         store(result[chunk], fetch(value[chunk], device).clamp(-limit, limit).to(STORAGE_DTYPE))
+    drain_staging()
     return result

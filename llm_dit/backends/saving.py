@@ -8,23 +8,31 @@ folder; otherwise it is ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import diffusers
 import transformers
 from diffusers import ModelMixin
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
+from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer as DiffusersTorchAoQuantizer
 from torch import nn
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer as TransformersTorchAoQuantizer
 
 from ..quantization.filters import Layer
+from ..quantization.tensors.fused import FusedFloat8Tensor, FusedInt8Tensor, fuse_weights
 from .base import ComponentRequest
-from .streaming import DiffusersStreamingConfig, TransformersStreamingConfig
+from .streaming import (
+    DiffusersStockSaving,
+    DiffusersStreamingConfig,
+    TransformersStockSaving,
+    TransformersStreamingConfig,
+)
 
-STOCK_TENSORS = (Float8Tensor, Int8Tensor)
+STOCK_TENSORS = (Float8Tensor, Int8Tensor, FusedFloat8Tensor, FusedInt8Tensor)
 
 
 def attach_saver(model: nn.Module, request: ComponentRequest, layers: Sequence[Layer]) -> None:
@@ -76,16 +84,35 @@ def _record(request: ComponentRequest) -> dict[str, Any]:
     }
 
 
+def fuse_loaded(model: nn.Module) -> None:
+    """Makes a model that was saved quantized multiply through our kernels, and save as before."""
+    fuse_weights(model)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    kind = _STOCK_SAVING.get(type(quantizer))
+    if kind is not None:
+        saving = kind(quantizer.quantization_config, pre_quantized=quantizer.pre_quantized)
+        saving.__dict__.update(quantizer.__dict__)
+        model.hf_quantizer = saving
+
+
+_STOCK_SAVING: Final[dict[type, type]] = {
+    DiffusersTorchAoQuantizer: DiffusersStockSaving,
+    TransformersTorchAoQuantizer: TransformersStockSaving,
+}
+
+
 def _attach(model: nn.Module, config: Any) -> None:
     """Sets what `save_pretrained` of either library looks at; a module of neither has nothing of the kind."""
     if isinstance(model, ModelMixin):
-        model.hf_quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+        quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
         model.register_to_config(quantization_config=config)
     elif isinstance(model, PreTrainedModel):
-        model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
         model.config.quantization_config = config
     else:
         return
+    kind = _STOCK_SAVING.get(type(quantizer))
+    model.hf_quantizer = kind(config, pre_quantized=False) if kind is not None else quantizer
     model.hf_quantizer.validate_environment()
     model.is_quantized = True
     model.quantization_method = config.quant_method

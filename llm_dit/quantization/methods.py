@@ -21,7 +21,8 @@ from torchao.quantization import (
 )
 
 from ..names import nearest
-from .tensors.float8 import ZERO_ROW_BOUND, Float8StreamConfig
+from .tensors.float8 import Float8StreamConfig
+from .tensors.fused import ZERO_ROW_BOUND
 from .tensors.int4 import GROUP_SIZE, Int4GroupConfig
 from .tensors.int8 import Int8StreamConfig
 

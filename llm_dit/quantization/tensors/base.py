@@ -16,6 +16,7 @@ from torchao.utils import TorchAOBaseTensor
 
 aten = torch.ops.aten
 T = TypeVar("T", bound="type[DequantizedWeight]")
+P = TypeVar("P", bound=type[TorchAOBaseTensor])
 
 
 class DequantizedWeight(TorchAOBaseTensor):
@@ -47,13 +48,12 @@ def serializable(cls: T) -> T:
     if cls.__name__ not in safetensors_utils.ALLOWED_CLASSES:
         safetensors_utils.ALLOWED_CLASSES[cls.__name__] = cls
         safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(cls.__name__)
+    return pinnable(cls)
+
+
+def pinnable(cls: P) -> P:
+    """Gives `cls` page-locked copies, which diffusers' group offloading with a stream asks for, and `torch.load`."""
     torch.serialization.add_safe_globals([cls])
-    _implement_pinning(cls)
-    return cls
-
-
-def _implement_pinning(cls: type[DequantizedWeight]) -> None:
-    """Page-locked copies, which diffusers' group offloading with a stream asks for."""
 
     @cls.implements(aten.is_pinned.default)
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
@@ -63,3 +63,5 @@ def _implement_pinning(cls: type[DequantizedWeight]) -> None:
     @cls.implements(aten._pin_memory.default)
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         return args[0]._apply_fn_to_data(lambda part: part.pin_memory())
+
+    return cls

@@ -16,10 +16,9 @@ from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+from .fused import ZERO_ROW_BOUND, as_fused
 from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
 
-ZERO_ROW_BOUND = 1e-12
-"""Floor of the absolute maximum behind a scale. torchao's own users settled on it; 1e-12 / 448 is a normal float32."""
 _HALF_BOUND = 2.0**-14
 """The same floor in float16: its smallest normal number, because torchao clamps in the dtype of the input."""
 _MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -40,20 +39,20 @@ class Float8StreamConfig(AOBaseConfig):
 
 @register_weight_handler(Float8StreamConfig)
 def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
-    """[N, K] -> `Float8Tensor` with qdata [N, K] e4m3 and scale [N, 1] or [1, 1] float32."""
+    """[N, K] -> `Float8Tensor` with qdata [N, K] e4m3 and scale [N, 1] or [1, 1] float32; with row scales its fused subclass."""
     assert isinstance(config, Float8StreamConfig)
     rows, columns = weight.shape
     # torchao takes a scale [1, 1] over a 128 x 128 block for DeepSeek's blockwise layout, so that size gets row scales.
     per_row = config.granularity == "per-row" or (rows, columns) == (128, 128)
     qdata = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=target)
-    scale = torch.empty((rows if per_row else 1, 1), dtype=torch.float32, device=target)
+    scale = torch.empty((rows if per_row else 1, 1), dtype=torch.float32, device=compute)
     tensor_scale = None if per_row else _tensor_scale(weight, compute)
     for chunk in row_chunks(weight, compute):
         part = fetch(weight[chunk], compute)
         part_scale = _scale(part.abs().amax(dim=1, keepdim=True)) if tensor_scale is None else tensor_scale
         store(qdata[chunk], (part.float() / part_scale).clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn))
         if tensor_scale is None:
-            store(scale[chunk], part_scale)
+            scale[chunk] = part_scale
     if tensor_scale is not None:
         scale.copy_(tensor_scale)
     require_finite(scale)
@@ -65,14 +64,15 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
             mm_config=Float8MMConfig(use_fast_accum=True),
             hp_value_lb=bound,
         )
-    return Float8Tensor(
+    stock = Float8Tensor(
         qdata,
-        scale,
+        scale.to(target),
         block_size=[1 if per_row else rows, columns],
         mm_config=Float8MMConfig(use_fast_accum=True) if config.dynamic else None,
         act_quant_kwargs=activation,
         dtype=weight.dtype,
     )
+    return as_fused(stock)
 
 
 def _scale(amax: Tensor) -> Tensor:

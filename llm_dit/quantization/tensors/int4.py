@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchao.core.config import AOBaseConfig
 
+from ..kernels import dequantize_int4
 from .base import DequantizedWeight, aten, run_dequantized, serializable
 from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
 
@@ -58,11 +59,8 @@ class Int4GroupTensor(DequantizedWeight):
         self.group_size = group_size
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[N, K] in `dtype`, computed in the dtype of the scales."""
-        rows, groups = self.scale.shape
-        nibbles = torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1).view(rows, groups, self.group_size)
-        weight = torch.addcmul(self.zero_point.unsqueeze(-1), nibbles.to(self.scale.dtype), self.scale.unsqueeze(-1))
-        return weight.view(rows, -1).to(dtype or self.dtype)
+        """[N, K] in `dtype`; see `dequantize_int4`."""
+        return dequantize_int4(self.qdata, self.scale, self.zero_point, dtype or self.dtype)
 
 
 @register_weight_handler(Int4GroupConfig)
@@ -72,7 +70,7 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     rows, columns = weight.shape
     groups = columns // config.group_size
     qdata = torch.empty((rows, columns // 2), dtype=torch.uint8, device=target)
-    scale = torch.empty((rows, groups), dtype=weight.dtype, device=target)
+    scale = torch.empty((rows, groups), dtype=weight.dtype, device=compute)
     zero_point = torch.empty_like(scale)
     # A group of equal weights has no range. The floor keeps the scale from 0; such a group is its zero point alone.
     floor = torch.finfo(weight.dtype).tiny
@@ -85,11 +83,11 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
         q = ((part - low.float().unsqueeze(-1)) / step.float().unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8)
         q = q.view(-1, columns)
         store(qdata[chunk], q[:, ::2] | (q[:, 1::2] << 4))
-        store(scale[chunk], step)
-        store(zero_point[chunk], low)
+        scale[chunk] = step
+        zero_point[chunk] = low
     require_finite(scale)
     require_finite(zero_point)
-    return Int4GroupTensor(qdata, scale, zero_point, config.group_size, weight.dtype)
+    return Int4GroupTensor(qdata, scale.to(target), zero_point.to(target), config.group_size, weight.dtype)
 
 
 @Int4GroupTensor.implements(aten.linear.default)

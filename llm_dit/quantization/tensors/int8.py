@@ -9,6 +9,7 @@ from torch import Tensor
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8Tensor
 
+from .fused import as_fused
 from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
 
 _EPS = torch.finfo(torch.float32).eps
@@ -31,7 +32,7 @@ def quantize_int8(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     rows, columns = weight.shape
     groups = 2 if weight.dtype == torch.float16 and columns % 2 == 0 else 1
     qdata = torch.empty(weight.shape, dtype=torch.int8, device=target)
-    scale = torch.empty((rows, groups), dtype=torch.float32, device=target)
+    scale = torch.empty((rows, groups), dtype=torch.float32, device=compute)
     zero_point = torch.zeros((rows, groups), dtype=torch.int8, device=target)
     for chunk in row_chunks(weight, compute):
         part = fetch(weight[chunk], compute).view(-1, groups, columns // groups)
@@ -39,6 +40,6 @@ def quantize_int8(weight: Tensor, config: AOBaseConfig, target: torch.device, co
         part_scale = (part.abs().amax(dim=2, keepdim=True) / 127.5).clamp(min=_EPS).float()
         q = (part * (1.0 / part_scale)).round_().clamp_(-128, 127).to(torch.int8)
         store(qdata[chunk], q.view(-1, columns))
-        store(scale[chunk], part_scale.squeeze(2))
+        scale[chunk] = part_scale.squeeze(2)
     require_finite(scale)
-    return Int8Tensor(qdata, scale, [1, columns // groups], weight.dtype, zero_point=zero_point)
+    return as_fused(Int8Tensor(qdata, scale.to(target), [1, columns // groups], weight.dtype, zero_point=zero_point))

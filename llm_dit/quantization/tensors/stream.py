@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from .staging import staging_for
+from .staging import drain_staging, staging_for
 
 CHUNK_ELEMENTS = {"cpu": 512 * 1024}
 """Elements quantized at a time on a kind of device. On the CPU a chunk's scratch (8 MB) stays in the cache, and glibc reuses one
@@ -53,7 +53,10 @@ def fetch(part: Tensor, compute: torch.device) -> Tensor:
 
 
 def store(destination: Tensor, part: Tensor) -> None:
-    """Writes a quantized chunk into its place in `destination`, on whatever device that is."""
+    """Writes a quantized chunk into its place in `destination`, on whatever device that is.
+
+    On the host it has arrived when `quantize_weight` returns, and not before.
+    """
     if part.device.type == "cuda" and destination.device.type == "cpu":
         staging_for(part.device).download(part, destination)
     else:
@@ -77,7 +80,9 @@ def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device |
     if held_on.type == "cpu" and torch.cuda.is_available():
         compute = torch.device("cuda", torch.cuda.current_device())
     with torch.inference_mode(False), torch.no_grad():
-        return _QUANTIZERS[type(config)](weight.detach(), config, held_on, compute)
+        quantized = _QUANTIZERS[type(config)](weight.detach(), config, held_on, compute)
+        drain_staging()
+        return quantized
 
 
 def register_weight_handler(config_type: type[AOBaseConfig]) -> Callable[[WeightQuantizer], WeightQuantizer]:
