@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -39,17 +39,17 @@ if HAS_TRITON:
 
     @triton.jit
     def _dequantize_int4_kernel(
-        qdata: Any,
-        scales: Any,
-        zero_points: Any,
-        row_scales: Any,
-        weights: Any,
-        packed: Any,
-        groups: Any,
-        half_group: Any,
+        qdata,
+        scales,
+        zero_points,
+        row_scales,
+        weights,
+        packed,
+        groups,
+        half_group,
         scaled: tl.constexpr,
         block: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(1).to(tl.int64)
         offsets = tl.program_id(0) * block + tl.arange(0, block)
         inside = offsets < packed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ def dequantize_rows_reference(quantized: Tensor, scale: Tensor, dtype: torch.dty
 if HAS_TRITON:
 
     @triton.jit
-    def _dequantize_rows_kernel(
-        quantized: Any, scales: Any, weights: Any, columns: Any, scale_stride: Any, block: tl.constexpr
-    ) -> None:
+    def _dequantize_rows_kernel(quantized, scales, weights, columns, scale_stride, block: tl.constexpr):
         row = tl.program_id(1).to(tl.int64)
         offsets = tl.program_id(0) * block + tl.arange(0, block)
         inside = offsets < columns

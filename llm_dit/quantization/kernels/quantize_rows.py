@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,21 +18,22 @@ def quantize_rows_reference(rows: Tensor, bound: float) -> tuple[Tensor, Tensor]
     """See `quantize_rows`; in PyTorch."""
     values = rows.float()
     scale = values.abs().amax(dim=1, keepdim=True).clamp(min=bound) / FLOAT8_MAX
-    return (values / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+    quantized = (values / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+    return quantized.contiguous(), scale.contiguous()
 
 
 if HAS_TRITON:
 
     @triton.jit
     def _quantize_rows_kernel(
-        rows: Any,
-        quantized: Any,
-        scales: Any,
-        row_stride: Any,
-        columns: Any,
-        bound: Any,
+        rows,
+        quantized,
+        scales,
+        row_stride,
+        columns,
+        bound,
         block: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0).to(tl.int64)
         offsets = tl.arange(0, block)
         inside = offsets < columns

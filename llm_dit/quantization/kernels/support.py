@@ -28,8 +28,11 @@ def _device_runs_kernels(index: int) -> bool:
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """True if kernels are launched for `tensor`: on a CUDA device of capability 8.0 or newer, outside of compilation."""
-    if not HAS_TRITON or torch.compiler.is_compiling():
+    """True if kernels are launched for `tensor`: on a CUDA device of capability 8.0 or newer, outside of compilation.
+
+    A compiler traces with fake tensors, which are subclasses; it gets the reference, and fuses it with what is around it.
+    """
+    if not HAS_TRITON or type(tensor) is not Tensor or torch.compiler.is_compiling():
         return False
     if tensor.is_cuda:
         return _device_runs_kernels(tensor.device.index or 0)
