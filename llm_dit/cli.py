@@ -277,6 +277,41 @@ def load(
             output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
+@bench_app.command()
+def speed(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}, or layerwise; repeatable; all.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="eager, compile or graph; repeatable; all by default.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="llm-dit, torchao, diffusers, sdnq; repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed against memory and error into a PNG.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed forwards (10); with --end-to-end, denoising steps.")] = None,
+    warmups: Annotated[int, typer.Option(min=1, help="Forwards before the timed ones.")] = 3,
+    fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="A process for every case, or one a geometry.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Whole pipelines, from process start to picture.")] = False,
+    saved: Annotated[str, typer.Option(help="End to end: the folder holds the bf16 or the quantized model.")] = "bf16",
+    folder: Annotated[Path | None, typer.Option(help="End to end: where the pipelines lie; kept between runs.")] = None,
+) -> None:
+    """Time, memory and error of one transformer step, beside stock torchao, diffusers and SDNQ."""
+    from .bench.results import Selection, report
+
+    selection = Selection(*(tuple(names or ()) for names in (geometry, implementation, method, mode)))
+    if end_to_end:
+        from .bench import end_to_end as pipelines
+
+        job = pipelines.plan(selection, saved=saved, folder=folder, steps=steps, timeout_s=timeout)
+    else:
+        from .bench import speed as forwards
+
+        job = forwards.plan(selection, steps=steps or 10, warmups=warmups, fresh=fresh, timeout_s=timeout)
+    report(job, _print, output, table, plot, again)
+
+
 def main() -> NoReturn:
     """The entry point `llm-dit`."""
     _run()

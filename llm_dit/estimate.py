@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 
@@ -24,7 +20,8 @@ from .loader import read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
-from .safetensors_header import read_header
+from .building import build_empty, component_class, default_dtype
+from .checkpoints.header import read_header
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _published_for(cls: type[QuantizablePipelineMixin]) -> Published:
 def _published_makers(model: Published) -> dict[str, Maker]:
     def maker(make: Callable[[], nn.Module]) -> Maker:
         def build() -> tuple[nn.Module, int]:
-            with _meta(torch.bfloat16):
+            with torch.device("meta"), default_dtype(torch.bfloat16):
                 return make(), 0
 
         return build
@@ -158,32 +155,12 @@ def _published_makers(model: Published) -> dict[str, Maker]:
     return {name: maker(make) for name, make in model.components.items()}
 
 
-@contextmanager
-def _meta(dtype: torch.dtype) -> Iterator[None]:
-    """Models are made on meta, and, as in `from_pretrained`, under the dtype they load in, which buffers follow."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
 def _from_config(path: Path, library: str, class_name: str, dtype: torch.dtype) -> tuple[nn.Module, int]:
-    """A component on meta from its saved configuration."""
-    module = importlib.import_module(f"diffusers.pipelines.{library}") if hasattr(diffusers.pipelines, library) else None
-    cls = getattr(module or importlib.import_module(library), class_name)
+    """A component on meta from its saved configuration, and the bytes of its files if it was saved quantized."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     saved = _file_bytes(path) if config.get("quantization_config") else 0
-    with _meta(dtype):
-        if issubclass(cls, transformers.PreTrainedModel):
-            loaded = transformers.AutoConfig.from_pretrained(path)
-            if hasattr(loaded, "quantization_config"):
-                del loaded.quantization_config
-            return cls._from_config(loaded), saved
-        config.pop("quantization_config", None)
-        return cls.from_config(config), saved
+    with torch.device("meta"):
+        return build_empty(component_class(library, class_name), config, str(path.parent), path.name, dtype, {}), saved
 
 
 def _file_bytes(path: Path) -> int:

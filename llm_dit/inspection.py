@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .safetensors_header import Header, read_header
+from .checkpoints.header import Header, read_header
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:

@@ -83,17 +83,18 @@ def build_folder(folder: Path, geometry: str) -> None:
     Only the transformer (and at "1gb" the text encoder) has size; the rest is the tiny klein's.
     """
     from ..tiny import build
+    from .geometry import random_model
 
     check_name(geometry, GEOMETRIES, "geometry")
     if (folder / "model_index.json").is_file():
         return
     pipe = build("flux2-klein")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if geometry == "1gb":
-        pipe.transformer = _random(lambda: Flux2Transformer2DModel(**_SMALL_TRANSFORMER), device)
-        pipe.text_encoder = _random(_small_text_encoder, device)
+        pipe.transformer = random_model(lambda: Flux2Transformer2DModel(**_SMALL_TRANSFORMER), device)
+        pipe.text_encoder = random_model(_small_text_encoder, device)
     else:
-        pipe.transformer = _random(published_models()[geometry].components["transformer"], device)
+        pipe.transformer = random_model(published_models()[geometry].components["transformer"], device)
     beside = folder.with_name(folder.name + ".part")
     pipe.save_pretrained(beside, max_shard_size="5GB")
     beside.rename(folder)
@@ -122,18 +123,6 @@ def _small_text_encoder() -> nn.Module:
             vocab_size=512,
         )
     )
-
-
-def _random(make: Any, device: str) -> nn.Module:
-    """The model with random bfloat16 weights, made on `device`."""
-    with torch.device("meta"):
-        model = make().to(torch.bfloat16)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(std=0.02)
-    return model.eval()
 
 
 def default_cases() -> tuple[Case, ...]:

@@ -9,6 +9,8 @@ from typing import Any, Final
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..checkpoints.names import Part
+
 COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
 
 
@@ -59,6 +61,7 @@ class Family:
         extra_roles: roles of components besides `COMMON_ROLES`, by component name.
         casts_latents: the pipelines cast latents to the VAE's dtype, so that a float32 VAE beside bfloat16 works.
         published: the published models.
+        parts: by component name, where its tensors stand in a single checkpoint file.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Family:
     extra_roles: Mapping[str, str] = field(default_factory=dict)
     casts_latents: bool = True
     published: tuple[Published, ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=lambda: {"transformer": Part()})
 
     def role(self, component: str) -> str | None:
         """The role of a component of the pipeline, or None if it stays as it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from functools import partial
 
 from diffusers import (
@@ -20,6 +22,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 
+from ..checkpoints.names import Part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
 from .base import Family, Generation, Published
@@ -61,9 +64,100 @@ _VAE_2_3 = partial(
     upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
 )
 
+
+def _transformer_name(name: str, expected: Collection[str]) -> str:
+    """What LTX-2.3 added and diffusers' converter (0.42.1) does not know (huggingface/diffusers#14145)."""
+    return re.sub(r"^(audio_)?prompt_adaln_single\.", r"\1prompt_adaln.", name)
+
+
+def _connectors_name(name: str, expected: Collection[str]) -> str | None:
+    """The connectors stand between the transformer's tensors, and their projections apart."""
+    name = name.removeprefix("model.diffusion_model.")
+    if not re.match(r"(video|audio)_embeddings_connector\.|text_embedding_projection\.", name):
+        return None
+    for theirs, ours in _CONNECTORS:
+        name = name.replace(theirs, ours)
+    return name
+
+
+_CONNECTORS = (
+    ("text_embedding_projection.video_aggregate_embed", "video_text_proj_in"),
+    ("text_embedding_projection.audio_aggregate_embed", "audio_text_proj_in"),
+    ("text_embedding_projection.aggregate_embed", "text_proj_in"),
+    ("_embeddings_connector.", "_connector."),
+    ("transformer_1d_blocks", "transformer_blocks"),
+    ("q_norm", "norm_q"),
+    ("k_norm", "norm_k"),
+)
+
+
+def _vae_name(name: str, expected: Collection[str]) -> str | None:
+    """The file numbers the stages of encoder and decoder through; in diffusers a block holds its resampler.
+
+    diffusers' own converter does this for three levels, and LTX-2.3's decoder has four.
+    """
+    if name.startswith("per_channel_statistics."):
+        return _STATISTICS.get(name)
+    name = name.replace("res_blocks", "resnets")
+    stage = re.match(r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(.+)", name)
+    if stage is None:
+        return name
+    side, number, rest = stage[1], int(stage[2]), stage[3]
+    block, odd = divmod(number, 2)
+    if side == "decoder.up":
+        if number == 0:
+            return f"decoder.mid_block.{rest}"
+        return f"decoder.up_blocks.{block}.upsamplers.0.{rest}" if odd else f"decoder.up_blocks.{block - 1}.{rest}"
+    if odd:
+        return f"encoder.down_blocks.{block}.downsamplers.0.{rest}"
+    own = f"encoder.down_blocks.{block}.{rest}"
+    return own if own in expected else f"encoder.mid_block.{rest}"
+
+
+_STATISTICS = {
+    "per_channel_statistics.mean-of-means": "latents_mean",
+    "per_channel_statistics.std-of-means": "latents_std",
+}
+
+
+def _audio_vae_name(name: str, expected: Collection[str]) -> str | None:
+    return _STATISTICS.get(name) if name.startswith("per_channel_statistics.") else name
+
+
+def _vocoder_name(name: str, expected: Collection[str]) -> str:
+    parts = [_VOCODER.get(part, part) for part in name.split(".")]
+    return ".".join(parts).replace("downsample.lowpass.filter", "downsample.filter")
+
+
+_VOCODER = {"ups": "upsamplers", "resblocks": "resnets", "conv_pre": "conv_in", "conv_post": "conv_out", "act_post": "act_out"}
+
+_OTHER_PARTS = ("video_embeddings_connector.", "audio_embeddings_connector.")
+PARTS = {
+    "transformer": Part(
+        prefixes=("model.diffusion_model.", "diffusion_model.", ""),
+        without=(*_OTHER_PARTS, "text_embedding_projection.", "vae.", "audio_vae.", "vocoder."),
+        rename=_transformer_name,
+    ),
+    "connectors": Part(
+        prefixes=(
+            "model.diffusion_model.video_embeddings",
+            "model.diffusion_model.audio_embeddings",
+            "text_embedding_projection.",
+        ),
+        keep_prefix=True,
+        rename=_connectors_name,
+        convert=False,
+    ),
+    "vae": Part(prefixes=("vae.",), rename=_vae_name, convert=False),
+    "audio_vae": Part(prefixes=("audio_vae.",), rename=_audio_vae_name, convert=False),
+    "vocoder": Part(prefixes=("vocoder.",), rename=_vocoder_name, convert=False),
+}
+"""A published file of LTX-2 holds every component but the text encoder (Lightricks/LTX-2; diffusers' convert_ltx2_to_diffusers.py)."""
+
 FAMILY = Family(
     name="ltx2",
     title="LTX-2",
+    parts=PARTS,
     extra_roles={
         "prompt_enhancer": "encoder",
         "connectors": "encoder",

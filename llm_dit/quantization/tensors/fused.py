@@ -84,7 +84,7 @@ def _attributes(weight: Any) -> tuple[Any, ...]:
     return (weight.qdata, weight.scale, weight.block_size, weight.dtype, weight.zero_point)
 
 
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[Tensor, Any, Tensor | None]:
+def operands(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[Tensor, Any, Tensor | None]:
     """(input, weight, bias) of a call of `linear`."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
     return given["input"], given["weight"], given.get("bias")
@@ -93,7 +93,7 @@ def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[
 @FusedFloat8Tensor.implements(aten.linear.default)
 @FusedFloat8Tensor.implements_torch_function(F.linear)
 def _(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> Tensor:
-    activation, weight, bias = _operands(args, kwargs)
+    activation, weight, bias = operands(args, kwargs)
     if not activation.is_cuda:
         return F.linear(activation, as_stock(weight), bias)
     if weight.act_quant_kwargs is None:
@@ -129,7 +129,7 @@ def multiply_float8(
 @FusedInt8Tensor.implements(aten.linear.default)
 @FusedInt8Tensor.implements_torch_function(F.linear)
 def _(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> Tensor:
-    activation, weight, bias = _operands(args, kwargs)
+    activation, weight, bias = operands(args, kwargs)
     if not activation.is_cuda:
         return F.linear(activation, as_stock(weight), bias)
     return F.linear(activation, dequantize_rows(weight.qdata, weight.scale, activation.dtype), bias)

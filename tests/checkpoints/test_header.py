@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_dit.safetensors_header import read_header
+from llm_dit.checkpoints.header import read_header
 
 
 def test_reads_what_safetensors_writes(tmp_path):
