@@ -74,6 +74,21 @@ def check_device(device_map: Any) -> None:
         raise ValueError(f"device_map={device_map!r}, and there is no CUDA device: leave device_map out to load on the CPU")
 
 
+def file_device(kwargs: Mapping[str, Any]) -> torch.device:
+    """The device on which components are read from files: that of `device_map`, or the CPU.
+
+    Raises:
+        ValueError: for a `device_map` that spreads components, which diffusers decides before it has them.
+    """
+    device_map = kwargs.get("device_map")
+    try:
+        return torch.device(device_map or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"a component from a file goes to one device, and device_map is {device_map!r}: give 'cuda' or 'cpu', or leave it out"
+        ) from error
+
+
 def check_request(request: LoadRequest, roles: Mapping[str, str], pipeline: str, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError where a request to quantize contradicts the other arguments or the pipeline.
 

@@ -44,6 +44,7 @@ class PipelineSection(BaseModel):
     quantization_backend: str | dict[str, str] | None = None
     quantization_skip: list[str] | None = None
     transformer_file: str = ""
+    encoder_file: str = ""
     compile: bool = False
     compile_mode: str = "default"
 

@@ -13,6 +13,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from .building import build_empty, component_class, default_dtype
+from .checkpoints.header import read_header
 from .families import get_family, pipeline_classes, published_models
 from .families.base import Family, Published
 from .load import pipeline_class_of
@@ -20,8 +22,6 @@ from .loader import read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
-from .building import build_empty, component_class, default_dtype
-from .checkpoints.header import read_header
 
 
 @dataclass(frozen=True)

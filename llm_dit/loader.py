@@ -166,7 +166,13 @@ def quantize_passed_component(model: nn.Module, backend: Backend, request: Compo
 
 
 def component_report(
-    name: str, model: nn.Module, stats: Mapping[str, Any], backend: str | None, seconds: float, note: str = ""
+    name: str,
+    model: nn.Module,
+    stats: Mapping[str, Any],
+    backend: str | None,
+    seconds: float,
+    note: str = "",
+    dequantized: tuple[str, ...] = (),
 ) -> ComponentReport:
     """A report from the stats of `quantize_component`."""
     if stats["method"] == "already_quantized":
@@ -186,6 +192,7 @@ def component_report(
         seconds=seconds,
         dtype=_dtype_name(model),
         note=note,
+        dequantized=dequantized,
     )
 
 

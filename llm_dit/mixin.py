@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Container, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -15,11 +16,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .arguments import HUB_KEYWORDS, check_device, check_request, check_source, load_dtypes, refuse_unknown
+from .arguments import HUB_KEYWORDS, check_device, check_request, check_source, file_device, load_dtypes, refuse_unknown
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
 from .families.base import Family
+from .files import plan_files
 from .loader import (
     PipelineLoader,
     inspect_component,
@@ -71,6 +73,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         quantization_backend: str | Mapping[str, str] | None = None,
         quantization_skip: Sequence[str] | None = None,
         transformer_file: str | PathLike[str] | None = None,
+        encoder_file: str | PathLike[str] | None = None,
         activation_scale: str = "dynamic",
         config: str | PathLike[str] | RuntimeConfig | None = None,
         compile: bool | None = None,
@@ -87,8 +90,10 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             quantization_granularity: "per-row" (default) or "per-tensor", for the fp8 methods.
             quantization_backend: "torchao" (default), "layerwise" or "checkpoint", or a mapping by role or component.
             quantization_skip: name patterns left alone, e.g. ["proj_out", "transformer_blocks.0"].
-            transformer_file: an official fp8 checkpoint.
-            activation_scale: "dynamic", or "static" for the scales of such a checkpoint.
+            transformer_file: a single-file checkpoint of the transformer: a path, or owner/repository/file on the Hub. An
+                official fp8 file stays in fp8; a bf16 one, e.g. a finetune, is quantized as `quantization` says while it is read.
+            encoder_file: the same for the text encoder, e.g. ComfyUI's scaled fp8.
+            activation_scale: "dynamic", or "static" for the scales of activations that an fp8 file holds.
             config: the path of a config.toml, or a `RuntimeConfig`; keyword arguments win over it.
             compile, compile_mode: compile the transformer's repeated blocks (False and "default" if no `config` says else).
             **kwargs: everything else means what it means in diffusers, except that `torch_dtype` defaults to bfloat16
@@ -110,6 +115,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             quantization_backend,
             quantization_skip,
             transformer_file,
+            encoder_file,
             activation_scale,
             config,
             compile,
@@ -134,7 +140,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         if request.quantizes:
             request = replace(request, dtypes=load_dtypes(kwargs))
             check_request(request, roles, diffusers_class(cls).__name__, kwargs)
-            cls._check_components(request, roles, without={name for name, value in kwargs.items() if value is None})
+            without = {name for name, value in kwargs.items() if value is None} | request.files.keys()
+            cls._check_components(request, roles, without)
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
         check_device(kwargs.get("device_map"))
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
@@ -146,15 +153,19 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
                 kwargs["dtype"] = torch.bfloat16
                 request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
-        passed = {name: kwargs[name] for name in components if isinstance(kwargs.get(name), nn.Module)}
+        given = {name for name in components if name in kwargs}
+        from_files = plan_files(source, hub, request, cls.family.parts, roles, given, partial(cls._wanted, request))
+        passed = {name: kwargs[name] for name in given if isinstance(kwargs[name], nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
         if "torch_dtype" in kwargs and "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")  # diffusers 0.42 warns of the old name, which our users know
         try:
             with torch.inference_mode(False), torch.no_grad():
+                read = {component.name: component.load(file_device(kwargs)) for component in from_files}
+                kwargs.update({name: model for name, (model, _) in read.items()})
                 pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
                 loader.close_timer()
-                pipe._report = pipe._finish(loader, request, passed)
+                pipe._report = pipe._finish(loader, request, passed, {name: report for name, (_, report) in read.items()})
         finally:
             release_staging()
         if user_config is None:
@@ -258,13 +269,25 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             return BACKENDS["layerwise"], cast
         return (cls.component_backend(name, role, request), wanted) if wanted is not None else None
 
-    def _finish(self, loader: PipelineLoader, request: LoadRequest, passed: Mapping[str, nn.Module]) -> QuantizationReport:
+    @classmethod
+    def _wanted(cls, request: LoadRequest, name: str, role: str) -> ComponentRequest | None:
+        return cls.component_request(name, role, request)
+
+    def _finish(
+        self,
+        loader: PipelineLoader,
+        request: LoadRequest,
+        passed: Mapping[str, nn.Module],
+        from_files: Mapping[str, ComponentReport],
+    ) -> QuantizationReport:
         reports = []
         counted: set[int] = set()
         for name, model in models_of(self).items():
             role = self.component_role(name)
             wanted = self.component_request(name, role, request) if role else None
-            if name in loader.loads:
+            if name in from_files:
+                reports.append(from_files[name])
+            elif name in loader.loads:
                 reports.append(_compared(loader.finish(name, role, model, counted), wanted, model))
             elif name in passed and role and wanted is not None:
                 reports.append(quantize_passed_component(model, self.component_backend(name, role, request), wanted))
@@ -272,7 +295,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
                 reports.append(inspect_component(name, role, model))
             counted.update(map(id, model_tensors(model)))
         notes = list(request.notes)
-        if request.quantizes and not loader.loads and not passed:
+        if request.quantizes and not loader.loads and not passed and not from_files:
             raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")
         unused = [p for p in request.skip if not any(f"skip pattern {p!r}" in r.skip_reasons.values() for r in reports)]
         if unused and request.quantizes:

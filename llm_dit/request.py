@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from .backends import ComponentRequest
-from .config import RuntimeConfig
+from .config import PipelineSection, RuntimeConfig
 from .names import ACTIVATION_SCALES, BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES, check_name, nearest
 from .quantization import PipelineQuantConfig, get_method, get_recommended_method
 
@@ -29,6 +29,7 @@ class LoadOptions:
     quantization_backend: str | Mapping[str, str] | None = None
     quantization_skip: Sequence[str] | None = None
     transformer_file: str | PathLike[str] | None = None
+    encoder_file: str | PathLike[str] | None = None
     activation_scale: str = "dynamic"
     config: str | PathLike[str] | RuntimeConfig | None = None
     compile: bool | None = None
@@ -46,7 +47,8 @@ class LoadRequest:
         backends: by role or component name, the backend; "" is the default.
         asked: the roles and components that keyword arguments name, which the pipeline must have.
         dtypes: by component name, the dtype to load in; "default" is every other's. Empty: diffusers decides.
-        transformer_file: an official fp8 checkpoint, or "".
+        files: by component name, the checkpoint file that it is read from.
+        activation_scale: "dynamic", or "static" for the scales of such a file.
         compile, compile_mode: whether and how the transformer is compiled.
         notes: what the report should say about the choice.
     """
@@ -57,7 +59,8 @@ class LoadRequest:
     backends: Mapping[str, str] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    transformer_file: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    activation_scale: str = "dynamic"
     compile: bool = False
     compile_mode: str = "default"
     notes: tuple[str, ...] = ()
@@ -77,17 +80,9 @@ class LoadRequest:
         methods.update(given)
         if isinstance(options.quantization, PipelineQuantConfig):
             base = options.quantization
-        transformer_file = str(options.transformer_file or section.transformer_file)
+        files = _files(options, section, components)
         backends = _backends(options.quantization_backend, base.backend, components)
-        if transformer_file:
-            backends["transformer"] = "checkpoint"
-            if methods["transformer"] == "none":
-                methods["transformer"] = "fp8-dynamic"
-        if options.activation_scale == "static" and backends.get("transformer", backends[""]) != "checkpoint":
-            raise ValueError(
-                "activation_scale='static' reads the scales of an official fp8 checkpoint: give transformer_file, or leave "
-                "activation_scale at 'dynamic'"
-            )
+        _check_files(options, files, backends)
         granularity = options.quantization_granularity or base.granularity
         if options.quantization_backend is not None and all(method == "none" for method in methods.values()):
             raise ValueError(
@@ -104,7 +99,8 @@ class LoadRequest:
             skip=tuple(skip),
             backends=backends,
             asked=frozenset(name for name, method in given.items() if method != "none"),
-            transformer_file=transformer_file,
+            files=files,
+            activation_scale=options.activation_scale,
             compile=section.compile if options.compile is None else options.compile,
             compile_mode=check_name(compile_mode, COMPILE_MODES, "compile_mode"),
             notes=notes,
@@ -112,8 +108,8 @@ class LoadRequest:
 
     @property
     def quantizes(self) -> bool:
-        """True if any role or component has a method other than "none"."""
-        return any(method != "none" for method in self.methods.values())
+        """True if any role or component has a method other than "none", or comes from a file, which may be fp8."""
+        return bool(self.files) or any(method != "none" for method in self.methods.values())
 
     def backend_of(self, component: str, role: str) -> str:
         """The name of the backend for a component."""
@@ -135,7 +131,7 @@ class LoadRequest:
         return ComponentRequest(name, role, method, self.granularity, self.skip, self.dtype_of(name))
 
 
-def _configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, Any]:
+def _configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, PipelineSection]:
     if config is None:
         return None, RuntimeConfig().section(family)
     if not isinstance(config, RuntimeConfig):
@@ -165,6 +161,38 @@ def _given_methods(options: LoadOptions, components: tuple[str, ...]) -> tuple[d
         if own is not None:
             methods[role] = get_method(own, f"quantization_{role}").name
     return methods, notes
+
+
+def _files(options: LoadOptions, section: PipelineSection, components: tuple[str, ...]) -> dict[str, str]:
+    """The files that are given, by the component they are for."""
+    given = {
+        "transformer": ("transformer_file", options.transformer_file or section.transformer_file),
+        "text_encoder": ("encoder_file", options.encoder_file or section.encoder_file),
+    }
+    files = {}
+    for component, (argument, file) in given.items():
+        if file and component not in components:
+            raise ValueError(f"{argument} is for the {component}, and this pipeline has none: it has {', '.join(components)}")
+        if file:
+            files[component] = str(file)
+    return files
+
+
+def _check_files(options: LoadOptions, files: Mapping[str, str], backends: Mapping[str, str]) -> None:
+    """Refuses what contradicts the files that are given, or needs one that is not."""
+    if options.activation_scale == "static" and "transformer" not in files:
+        raise ValueError(
+            "activation_scale='static' reads the scales of an official fp8 checkpoint: give transformer_file, or leave "
+            "activation_scale at 'dynamic'"
+        )
+    roles = {"transformer": "transformer", "text_encoder": "encoder"}
+    for component, file in files.items():
+        backend = backends.get(component) or backends.get(roles[component]) or backends[""]
+        if backend == "layerwise":
+            raise ValueError(
+                f"{file!r} is read by backend 'checkpoint', which keeps its scales, and 'layerwise' has none: leave "
+                f"quantization_backend out for the {component}"
+            )
 
 
 def _backends(

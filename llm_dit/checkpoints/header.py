@@ -45,8 +45,8 @@ ITEM_BYTES: Final[Mapping[str, float]] = {
 """Bytes of one element by dtype (safetensors, `Dtype`)."""
 
 _MAGIC: Final = {
-    b"GGUF": "is a GGUF file: load it with diffusers' from_single_file(..., quantization_config=GGUFQuantizationConfig(...)) and pass "
-    "the component to from_pretrained",
+    b"GGUF": "is a GGUF file: load it with diffusers' from_single_file(..., quantization_config=GGUFQuantizationConfig(...)) and "
+    "pass the component to from_pretrained",
     b"PK\x03\x04": "is a pickle of torch.save, which can run any code when it is read: ask for, or convert it to, safetensors",
     b"\x80\x02": "is a pickle, which can run any code when it is read: ask for, or convert it to, safetensors",
 }
@@ -54,7 +54,7 @@ _MAGIC: Final = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its dtype as safetensors writes it, its shape, and where its bytes are, counted from the file's start."""
+    """One tensor of a file: its dtype as safetensors writes it, its shape, and where its bytes start in the file."""
 
     dtype: str
     shape: tuple[int, ...]

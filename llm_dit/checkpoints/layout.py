@@ -1,7 +1,7 @@
 """What a checkpoint file holds, read from its header: which weights are in fp8, their scales, and in whose conventions.
 
-A file's name says nothing: one name of LTX-2.3 stands for two layouts. The maths are those of ComfyUI (QUANTIZATION.md, comfy/ops.py)
-and of ltx-core: w = fp8 * weight_scale, x = fp8 * input_scale.
+A file's name says nothing: one name of LTX-2.3 stands for two layouts. The maths are those of ComfyUI (QUANTIZATION.md,
+comfy/ops.py) and of ltx-core: w = fp8 * weight_scale, x = fp8 * input_scale.
 """
 
 from __future__ import annotations
@@ -201,13 +201,13 @@ def _refuse_unsupported(header: Header, weights: Mapping[str, TensorEntry], comp
 
 def _unsupported(header: Header, key: str, name: str) -> str:
     return (
-        f"{header.path} holds {key!r} as {name}, which llm_dit does not read: take the fp8 or bf16 file of the same model (bf16 can be "
-        "quantized while it loads)"
+        f"{header.path} holds {key!r} as {name}, which llm_dit does not read: take the fp8 or bf16 file of the same model "
+        "(bf16 can be quantized while it loads)"
     )
 
 
 def _marker_asks_full_precision(header: Header) -> bool:
-    """Two elements in `scaled_fp8` mean that weights are to be dequantized for the multiplication (comfy/utils.py, convert_old_quants)."""
+    """Two elements in `scaled_fp8`: weights are to be dequantized to multiply (comfy/utils.py, convert_old_quants)."""
     return any(key.rpartition(".")[2] == MARKER and entry.elements == 2 for key, entry in header.tensors.items())
 
 
@@ -224,8 +224,8 @@ def _check_scales(header: Header, fp8: Mapping[str, Fp8Weight], companions: _Com
             raise ValueError(f"{path}: the scale {key!r} is {header.tensors[key].dtype}, and a scale is a float")
         if shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
             raise ValueError(
-                f"{path}: the scale {key!r} is {list(shape)}, and '{layer}.weight' {list(weight.entry.shape)}: llm_dit reads one scale "
-                "per tensor or per row"
+                f"{path}: the scale {key!r} is {list(shape)}, and '{layer}.weight' {list(weight.entry.shape)}: llm_dit reads one "
+                "scale per tensor or per row"
             )
     for layer, key in companions.input_scales.items():
         if f"{layer}.weight" not in header.tensors:

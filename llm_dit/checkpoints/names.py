@@ -1,8 +1,8 @@
 """Which rows of which tensors of a file become which parameter of a diffusers model, found with diffusers' own converters.
 
-diffusers converts the names of a single file, splits fused projections and swaps halves with one function per model, which works on
-tensors and knows nothing of scales. It is given probes: for every tensor a column of numbers that say which tensor and which row
-each is. Where they come out says where every row goes, and with it the row's scale; no table per model is needed.
+diffusers converts the names of a single file, splits fused projections and swaps halves with one function per model, which
+works on tensors and knows nothing of scales. It is given probes: for every tensor a column of numbers that say which tensor and
+which row each is. Where they come out says where every row goes, and with it the row's scale; no table per model is needed.
 
 A converter that mixes elements within a row could not be probed; none of the four families' does.
 """
@@ -108,7 +108,8 @@ def _converted(converter: Any, probes: dict[str, Tensor], model: nn.Module, layo
         return converter(checkpoint=dict(probes), config=config)
     except Exception as error:  # whatever a converter stumbles over in names that it does not know
         raise ValueError(
-            f"{layout.header.path} is no checkpoint of a {type(model).__name__}: its names cannot be converted ({type(error).__name__}: {error})"
+            f"{layout.header.path} is no checkpoint of a {type(model).__name__}: its names cannot be converted "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

@@ -152,7 +152,7 @@ PARTS = {
     "audio_vae": Part(prefixes=("audio_vae.",), rename=_audio_vae_name, convert=False),
     "vocoder": Part(prefixes=("vocoder.",), rename=_vocoder_name, convert=False),
 }
-"""A published file of LTX-2 holds every component but the text encoder (Lightricks/LTX-2; diffusers' convert_ltx2_to_diffusers.py)."""
+"""A published file of LTX-2 holds all but the text encoder (names: diffusers' scripts/convert_ltx2_to_diffusers.py)."""
 
 FAMILY = Family(
     name="ltx2",

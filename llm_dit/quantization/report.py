@@ -34,6 +34,7 @@ class ComponentReport:
         seconds: time it took to read and quantize; 0 for a component that was passed in and not quantized.
         dtype: dtype of what is not quantized.
         note: anything the user should know, else "".
+        dequantized: names of the parameters that a checkpoint file holds in fp8 and the model in `dtype`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ComponentReport:
     seconds: float = 0.0
     dtype: str = ""
     note: str = ""
+    dequantized: tuple[str, ...] = ()
 
     @property
     def skipped_layers(self) -> int:
@@ -129,6 +131,9 @@ def _row(component: ComponentReport) -> tuple[str, ...]:
 def _details(component: ComponentReport) -> list[str]:
     """A line for the note, and, where something was quantized, one for every reason with a few of its layers."""
     lines = [f"{component.name}: {component.note}"] if component.note else []
+    if component.dequantized:
+        shown = ", ".join(component.dequantized[:3]) + (", ..." if len(component.dequantized) > 3 else "")
+        lines.append(f"{component.name}: {len(component.dequantized)} parameters dequantized from the file's fp8: {shown}")
     if component.quantized_layers == 0:
         return lines
     grouped: dict[str, list[str]] = {}

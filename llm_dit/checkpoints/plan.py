@@ -1,4 +1,4 @@
-"""Building a component's weights from a checkpoint file: fp8 bytes as they are, the rest in 16 bits or quantized while it is read."""
+"""What becomes of every tensor of a component that is read from a checkpoint file, decided and checked before any is read."""
 
 from __future__ import annotations
 
@@ -10,17 +10,9 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torchao.float8.inference import Float8MMConfig
-from torchao.quantization import Float8Tensor, PerRow, PerTensor
-from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
-from tqdm.auto import tqdm
 
 from ..quantization.filters import Layer, decide_layers, matches, named_layers
-from ..quantization.methods import METHODS, Method
-from ..quantization.tensors.fused import ZERO_ROW_BOUND, as_fused
-from ..quantization.tensors.staging import drain_staging, move_to_gpu
-from ..quantization.tensors.static import StaticFloat8Tensor
-from ..quantization.tensors.stream import quantize_weight
+from ..quantization.methods import Method
 from .layout import Layout
 from .names import Part, Piece, map_names
 
@@ -83,8 +75,8 @@ def plan_component(model: nn.Module, layout: Layout, part: Part, wanted: Wanted,
         optional: name patterns of parameters that the file may lack.
 
     Raises:
-        ValueError: if a weight of the model is not filled or has another shape, a tensor of the file lands nowhere, or a scale is not
-            finite and positive; by the file's own names.
+        ValueError: if a weight of the model is not filled or has another shape, a tensor of the file lands nowhere, or a scale
+            is not finite and positive; by the file's own names.
     """
     pieces = map_names(model, layout, part)
     _check_filled(model, layout, part, pieces, optional)
@@ -139,8 +131,8 @@ def _check_shape(layout: Layout, kind: str, name: str, tensor: Tensor, found: tu
             raise ValueError(f"{layout.header.path}: {piece.key!r} is {entry.dtype}, and a weight is a float")
         if tuple(entry.shape[1:]) != tuple(tensor.shape[1:]):
             raise ValueError(
-                f"{layout.header.path}: {piece.key!r} is {list(entry.shape)}, and {name!r} of the {kind} {list(tensor.shape)}: it is of "
-                "another size of the model"
+                f"{layout.header.path}: {piece.key!r} is {list(entry.shape)}, and {name!r} of the {kind} {list(tensor.shape)}: "
+                "it is of another size of the model"
             )
     rows = sum(piece.stop - piece.start for piece in found)
     if rows != (tensor.shape[0] if tensor.ndim else 1):
@@ -181,7 +173,7 @@ def _read_scales(plan: Plan) -> None:
     """Reads the scales that are used; they are small, and whether they are sound must be known before a weight is read."""
     layout = plan.layout
     used = {piece.key for found in plan.pieces.values() for piece in found if piece.key in layout.fp8}
-    with _opened(layout) as file:
+    with opened(layout) as file:
         for key in sorted(used):
             weight = layout.fp8[key]
             if weight.scale is not None:
@@ -203,117 +195,30 @@ def _note(plan: Plan) -> None:
     if plan.dequantized and quantizes and not plan.kept:
         plan.notes.append(f"its fp8 was dequantized and quantized again to {wanted.method.name}, which adds the errors of both")
     if wanted.static:
-        static = [name for name in plan.kept if _input_scale(plan, name) is not None]
+        static = [name for name in plan.kept if input_scale(plan, name) is not None]
         if not static:
             raise ValueError(
-                f"{layout.header.path} has no usable scales of activations, which activation_scale='static' asks for: leave it at 'dynamic'"
+                f"{layout.header.path} has no usable scales of activations, which activation_scale='static' asks for: leave it at "
+                "'dynamic'"
             )
         plan.notes.append(f"static input scales in {len(static)} of {len(plan.kept)} fp8 layers")
-    if wanted.method.name == "fp8-dynamic" and any(_full_precision(plan, name) for name in plan.kept):
+    if wanted.method.name == "fp8-dynamic" and any(full_precision(plan, name) for name in plan.kept):
         plan.notes.append("the file asks to multiply some weights in 16 bits, and they are (full_precision_matrix_mult)")
 
 
-def load_component(model: nn.Module, plan: Plan, device: torch.device) -> None:
-    """Fills `model` on `device` as planned; the bf16 model never exists whole."""
-    by_weight = {layer.parameter: layer for layer in plan.layers if layer.config is not None}
-    buffers = dict(model.named_buffers())
-    with torch.inference_mode(False), torch.no_grad(), _opened(plan.layout) as file:
-        for name, found in tqdm(plan.pieces.items(), desc=f"Reading {type(model).__name__}", delay=2, leave=False):
-            if name in plan.kept:
-                value = _float8(plan, name, found, file, device)
-            else:
-                value = _dense(plan, found, file)
-                layer = by_weight.get(name)
-                value = quantize_weight(value, layer.config, device) if layer and layer.config else _placed(value, device)
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            if name in buffers:
-                module._buffers[leaf] = value
-            else:
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    drain_staging()
-
-
-def _float8(plan: Plan, name: str, found: tuple[Piece, ...], file: Any, device: torch.device) -> Tensor:
-    """The file's fp8 rows as a weight: their bytes and scales are the file's."""
-    wanted = plan.wanted
-    qdata = _placed(_joined([_rows(file, piece) for piece in found]), device)
-    scale = torch.cat([_row_scales(plan, piece) for piece in found]).to(device)
-    rows, columns = qdata.shape
-    dynamic = wanted.method.name == "fp8-dynamic" and not _full_precision(plan, name)
-    input_scale = _input_scale(plan, name) if wanted.static and dynamic else None
-    if input_scale is not None:
-        return StaticFloat8Tensor(qdata, scale, input_scale.reshape(1, 1).to(device), wanted.dtype)
-    # torchao takes a scale [1, 1] over a 128 x 128 weight for DeepSeek's blockwise layout, so that size gets row scales.
-    one_scale = wanted.granularity == "per-tensor" and (rows, columns) != (128, 128) and bool((scale == scale[0]).all())
-    mm_config = Float8MMConfig(use_fast_accum=True) if dynamic else None
-    activation = QuantizeTensorToFloat8Kwargs(
-        granularity=PerTensor() if one_scale else PerRow(), mm_config=mm_config, hp_value_lb=ZERO_ROW_BOUND
-    )
-    return as_fused(
-        Float8Tensor(
-            qdata,
-            scale[:1].clone() if one_scale else scale,
-            block_size=[rows if one_scale else 1, columns],
-            mm_config=mm_config,
-            act_quant_kwargs=activation if dynamic else None,
-            dtype=wanted.dtype,
-        )
-    )
-
-
-def _dense(plan: Plan, found: tuple[Piece, ...], file: Any) -> Tensor:
-    """The rows as one tensor on the host, in the dtype of the component if they are floats."""
-    parts = []
-    for piece in found:
-        rows = _rows(file, piece)
-        weight = plan.layout.fp8.get(piece.key)
-        if weight is not None:
-            values = rows.float()
-            if weight.scale is not None:
-                values *= _row_scales(plan, piece).reshape(-1, *[1] * (values.ndim - 1))
-            rows = values
-        parts.append(rows.to(plan.wanted.dtype) if rows.is_floating_point() else rows)
-    return _joined(parts)
-
-
-def _rows(file: Any, piece: Piece) -> Tensor:
-    """A piece, mapped from the file and not yet read."""
-    tensor = file.get_tensor(piece.key)
-    return tensor[piece.start : piece.stop] if tensor.ndim else tensor
-
-
-def _row_scales(plan: Plan, piece: Piece) -> Tensor:
-    """[rows, 1] float32: the scale of each row of a piece, 1 where the file cast without scales."""
-    key = plan.layout.fp8[piece.key].scale
-    rows = piece.stop - piece.start
-    if key is None:
-        return torch.ones(rows, 1)
-    scale = plan.scales[key]
-    return (scale.expand(rows) if scale.numel() == 1 else scale[piece.start : piece.stop]).reshape(rows, 1).clone()
-
-
-def _input_scale(plan: Plan, name: str) -> Tensor | None:
+def input_scale(plan: Plan, name: str) -> Tensor | None:
     """The scale of the activations of a layer: the largest where its weight comes from several, None if one has none."""
     keys = [plan.layout.fp8[piece.key].input_scale for piece in plan.pieces[name] if piece.key in plan.layout.fp8]
     scales = [plan.scales[key] for key in keys if key in plan.scales]
     return torch.cat(scales).amax() if scales and len(scales) == len(keys) else None
 
 
-def _full_precision(plan: Plan, name: str) -> bool:
+def full_precision(plan: Plan, name: str) -> bool:
     return any(plan.layout.fp8[piece.key].full_precision for piece in plan.pieces[name])
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _placed(value: Tensor, device: torch.device) -> Tensor:
-    return move_to_gpu(value, device) if device.type == "cuda" else value.to(device)
-
-
 @contextmanager
-def _opened(layout: Layout) -> Iterator[Any]:
+def opened(layout: Layout) -> Iterator[Any]:
     with safe_open(layout.header.path, framework="pt", device="cpu") as file:
         yield file
 
@@ -325,6 +230,3 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "nothing"
-
-
-NONE: Final = METHODS["none"]

@@ -1,0 +1,132 @@
+"""The components of a pipeline that come from single checkpoint files (`transformer_file`, `encoder_file`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+from .backends import ComponentRequest
+from .backends.checkpoint import load_planned, require_kept_support
+from .building import build_empty, component_class
+from .checkpoints.header import read_header
+from .checkpoints.layout import Layout, read_layout
+from .checkpoints.names import Part
+from .checkpoints.plan import Plan, Wanted, plan_component
+from .loader import component_report, read_json
+from .quantization import METHODS, ComponentReport, get_method
+from .request import LoadRequest
+
+DEFAULT_METHODS = {"transformer": "fp8-dynamic", "encoder": "fp8-weight-only", "vae": "none"}
+"""By role, how a file's fp8 is multiplied where nothing is said: a transformer on the tensor cores, an encoder, which runs once,
+in 16 bits."""
+
+
+@dataclass(frozen=True)
+class FileComponent:
+    """A component that is about to be read from a file."""
+
+    name: str
+    model: nn.Module
+    plan: Plan
+    started: float
+
+    def load(self, device: torch.device) -> tuple[nn.Module, ComponentReport]:
+        """The filled component and its report."""
+        stats = load_planned(self.model, self.plan, self.name, device)
+        backend = "checkpoint" if self.plan.kept else ("torchao" if stats["quantized_layers"] else None)
+        report = component_report(
+            self.name,
+            self.model,
+            stats,
+            backend,
+            time.perf_counter() - self.started,
+            note="; ".join(self.plan.notes),
+            dequantized=tuple(self.plan.dequantized),
+        )
+        return self.model, report
+
+
+def plan_files(
+    source: str,
+    hub: Mapping[str, Any],
+    request: LoadRequest,
+    parts: Mapping[str, Part],
+    roles: Mapping[str, str],
+    passed: Collection[str],
+    wanted_of: Callable[[str, str], ComponentRequest | None],
+) -> list[FileComponent]:
+    """Every component that the files of `request` hold, empty and planned; nothing is allocated on a device yet.
+
+    A file that holds more than was asked for (LTX-2 publishes all but the text encoder in one) fills those components too, unless
+    the caller passed one.
+
+    Args:
+        source, hub: the pipeline's folder or repository, which has the configurations.
+        parts: by component name, where its tensors stand in a file.
+        roles: by component name, its role.
+        passed: the components that the caller passed.
+        wanted_of: from a component's name and role, what is asked for it.
+
+    Raises:
+        ValueError: for a file that cannot be read, or not as one of this component, naming the file's own keys.
+    """
+    index = read_json(source, "model_index.json", hub)
+    planned: dict[str, FileComponent] = {}
+    for asked, file in request.files.items():
+        if asked in passed:
+            raise ValueError(f"{asked} was passed and {asked.split('_')[-1]}_file names a file for it: give one of the two")
+        layout = read_layout(read_header(resolve_file(file, hub)))
+        others = [name for name in parts if name != asked and parts[name].prefixes[-1] and parts[name].select(layout)]
+        for name in (asked, *others):
+            entry = index.get(name)
+            if name in passed or name in planned or name not in roles or not isinstance(entry, list) or entry[0] is None:
+                continue
+            part = parts.get(name)
+            if part is None:
+                raise ValueError(f"{name} cannot be read from a file in this pipeline: it has {', '.join(parts)}")
+            started = time.perf_counter()
+            config = read_json(source, f"{name}/config.json", hub)
+            model = build_empty(component_class(*entry), config, source, name, request.dtype_of(name), hub)
+            wanted = _wanted(layout, request, name, roles[name], wanted_of(name, roles[name]), asked=name == asked)
+            plan = plan_component(model, layout, part, wanted)
+            require_kept_support(plan)
+            planned[name] = FileComponent(name, model, plan, started)
+    return list(planned.values())
+
+
+def _wanted(
+    layout: Layout, request: LoadRequest, name: str, role: str, component: ComponentRequest | None, asked: bool
+) -> Wanted:
+    """What to make of a component: what was asked for or, where nothing was, the file's fp8 as it is."""
+    method = component.method if component else METHODS["none"]
+    if component is None and asked and layout.fp8:
+        method = get_method(DEFAULT_METHODS[role])
+    static = request.activation_scale == "static" and asked and method.name == "fp8-dynamic"
+    return Wanted(method, role, request.granularity, request.skip, request.dtype_of(name), static)
+
+
+def resolve_file(name: str, hub: Mapping[str, Any]) -> Path:
+    """The path of a checkpoint file: a local one, or "repository/file" on the Hub ("owner/name/file.safetensors").
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    words = name.split("/")
+    if path.is_absolute() or len(words) < 3 or words[0] in (".", "..", "~"):
+        raise FileNotFoundError(f"there is no file {name!r}: give a path, or owner/repository/file.safetensors on the Hub")
+    try:
+        return Path(hf_hub_download("/".join(words[:2]), "/".join(words[2:]), **hub))
+    except Exception as error:  # offline, no such repository, no such file, no access: the Hub's many errors
+        raise FileNotFoundError(
+            f"{name!r} is neither a local file nor one that the Hub gives: {str(error).splitlines()[0] or type(error).__name__}"
+        ) from error
