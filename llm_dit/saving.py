@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.torchao import TorchAoDeserialize
 
 from .backends.saving import attach_plain_saver
+from .checkpoints.encoders import PRUNED
 
 
 def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
@@ -23,6 +24,11 @@ def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
             raise ValueError(
                 f"{name} has LoRA adapters loaded, and saving it now writes a folder that does not load: call "
                 "unload_lora_weights(), or fuse_lora() and then unload_lora_weights(), before save_pretrained"
+            )
+        if getattr(model, PRUNED, ()):
+            raise ValueError(
+                f"{name} was read from a file that leaves out {', '.join(getattr(model, PRUNED))}, and a saved folder needs them: "
+                "load the encoder from its repository to save it"
             )
         if getattr(model, "hf_quantizer", None) is None and any(isinstance(p, TorchAOBaseTensor) for p in model.parameters()):
             attach_plain_saver(model)

@@ -10,6 +10,7 @@ from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..quantization.tensors.fused import ZERO_ROW_BOUND, as_fused
 from ..quantization.tensors.staging import drain_staging, move_to_gpu
@@ -37,6 +38,10 @@ def load_component(model: nn.Module, plan: Plan, device: torch.device) -> None:
                 module._buffers[leaf] = value
             else:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        for module in model.modules():  # tables that no file holds, e.g. of rotary embeddings
+            module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
+        if isinstance(model, PreTrainedModel):
+            model.tie_weights()
     drain_staging()
 
 

@@ -10,13 +10,14 @@ A converter that mixes elements within a row could not be probed; none of the fo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
+from .encoders import Unread, encoder_name
 from .layout import Layout
 
 Rename = Callable[[str, Collection[str]], str | None]
@@ -34,6 +35,7 @@ class Part:
         keep_prefix: leave the prefix for `rename`, which needs it.
         rename: changes a name before diffusers' converter, if the class has one, goes on.
         convert: hand the renamed tensors to diffusers' converter.
+        unread: what a file may leave out.
     """
 
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "")
@@ -41,6 +43,7 @@ class Part:
     keep_prefix: bool = False
     rename: Rename = lambda name, expected: name
     convert: bool = True
+    unread: Unread = field(default_factory=Unread)
 
     def select(self, layout: Layout) -> dict[str, str]:
         """The names of the component's tensors in the file, by the names without the prefix; empty if it has none."""
@@ -53,6 +56,11 @@ class Part:
             if found and not self.keep_prefix:
                 break
         return found
+
+
+def encoder_part(unread: Unread | None = None) -> Part:
+    """Where the tensors of a text encoder stand in a file of its own; no pipeline reads its head."""
+    return Part(prefixes=("",), rename=encoder_name, convert=False, unread=unread or Unread(("lm_head",)))
 
 
 @dataclass(frozen=True)

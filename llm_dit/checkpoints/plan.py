@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..quantization.filters import Layer, decide_layers, matches, named_layers
 from ..quantization.methods import Method
+from .encoders import prune
 from .layout import Layout
 from .names import Part, Piece, map_names
 
@@ -53,6 +54,7 @@ class Plan:
         kept: names of the parameters that stay in the file's fp8.
         dequantized: names of the parameters that the file holds in fp8 and the model in 16 bits.
         scales: the values of all scales of the file that are used, by their names in it: float32, [rows or 1].
+        absent: names of parameters that the file leaves out and nothing reads.
         notes: what a user should know.
     """
 
@@ -63,27 +65,30 @@ class Plan:
     kept: set[str] = field(default_factory=set)
     dequantized: list[str] = field(default_factory=list)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def plan_component(model: nn.Module, layout: Layout, part: Part, wanted: Wanted, optional: Sequence[str] = ()) -> Plan:
+def plan_component(model: nn.Module, layout: Layout, part: Part, wanted: Wanted) -> Plan:
     """Decides what becomes of every tensor and checks the file against the model.
 
     Args:
         model: the component on meta.
-        part: where its tensors stand in the file.
-        optional: name patterns of parameters that the file may lack.
+        part: where its tensors stand in the file. What the file leaves out and nothing reads is taken off `model`.
 
     Raises:
         ValueError: if a weight of the model is not filled or has another shape, a tensor of the file lands nowhere, or a scale
             is not finite and positive; by the file's own names.
     """
     pieces = map_names(model, layout, part)
-    _check_filled(model, layout, part, pieces, optional)
+    absent = _check_filled(model, layout, part, pieces)
+    removed = prune(model, absent, part.unread) if absent else []
     expected = model.state_dict()
     pieces = {name: found for name, found in pieces.items() if name in expected}
     keeps_fp8 = wanted.method.fp8 and any(layout.stays_fp8(piece.key) for found in pieces.values() for piece in found)
-    plan = Plan(layout, wanted, pieces, [])
+    plan = Plan(layout, wanted, pieces, [], absent=absent)
+    if removed:
+        plan.notes.append(f"left out, because the file does not hold it and nothing reads it: {', '.join(removed)}")
     if keeps_fp8:
         plan.layers = _kept_layers(model, plan)
         plan.kept = {layer.parameter for layer in plan.layers if layer.config is not None}
@@ -97,13 +102,12 @@ def plan_component(model: nn.Module, layout: Layout, part: Part, wanted: Wanted,
     return plan
 
 
-def _check_filled(
-    model: nn.Module, layout: Layout, part: Part, pieces: Mapping[str, tuple[Piece, ...]], optional: Sequence[str]
-) -> None:
+def _check_filled(model: nn.Module, layout: Layout, part: Part, pieces: Mapping[str, tuple[Piece, ...]]) -> list[str]:
+    """Names of the parameters that the file leaves out and nothing reads; raises where another is missing or does not fit."""
     path, kind = layout.header.path, type(model).__name__
     expected = model.state_dict()
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in expected if name not in pieces and name not in tied and not _any(name, optional)]
+    tied = _tied(model)
+    absent, missing = part.unread.split(model, [name for name in expected if name not in pieces and name not in tied])
     extra = [name for name in pieces if name not in expected]
     if missing and len(missing) > 0.5 * len(expected):
         raise ValueError(
@@ -122,6 +126,18 @@ def _check_filled(
     for name, tensor in expected.items():
         if name in pieces:
             _check_shape(layout, kind, name, tensor, pieces[name])
+    return absent
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of parameters that are others of the model: a file holds those once."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return set()
+    ties = getattr(config.get_text_config(), "tie_word_embeddings", None)
+    if not (getattr(config, "tie_word_embeddings", False) if ties is None else ties):
+        return set()
+    return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
 def _check_shape(layout: Layout, kind: str, name: str, tensor: Tensor, found: tuple[Piece, ...]) -> None:
@@ -198,8 +214,8 @@ def _note(plan: Plan) -> None:
         static = [name for name in plan.kept if input_scale(plan, name) is not None]
         if not static:
             raise ValueError(
-                f"{layout.header.path} has no usable scales of activations, which activation_scale='static' asks for: leave it at "
-                "'dynamic'"
+                f"{layout.header.path} has no usable scales of activations, which activation_scale='static' asks for: "
+                "leave it at 'dynamic'"
             )
         plan.notes.append(f"static input scales in {len(static)} of {len(plan.kept)} fp8 layers")
     if wanted.method.name == "fp8-dynamic" and any(full_precision(plan, name) for name in plan.kept):
@@ -221,10 +237,6 @@ def full_precision(plan: Plan, name: str) -> bool:
 def opened(layout: Layout) -> Iterator[Any]:
     with safe_open(layout.header.path, framework="pt", device="cpu") as file:
         yield file
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(matches(name, pattern) for pattern in patterns)
 
 
 def _listed(names: Sequence[str]) -> str:

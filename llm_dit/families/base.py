@@ -9,7 +9,7 @@ from typing import Any, Final
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..checkpoints.names import Part
+from ..checkpoints.names import Part, encoder_part
 
 COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
 
@@ -70,7 +70,7 @@ class Family:
     extra_roles: Mapping[str, str] = field(default_factory=dict)
     casts_latents: bool = True
     published: tuple[Published, ...] = ()
-    parts: Mapping[str, Part] = field(default_factory=lambda: {"transformer": Part()})
+    parts: Mapping[str, Part] = field(default_factory=lambda: {"transformer": Part(), "text_encoder": encoder_part()})
 
     def role(self, component: str) -> str | None:
         """The role of a component of the pipeline, or None if it stays as it is."""

@@ -16,6 +16,8 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 
+from ..checkpoints.encoders import Unread
+from ..checkpoints.names import Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import mistral_small_24b, qwen3_4b, qwen3_8b
 from .base import Family, Generation, Published
@@ -36,6 +38,8 @@ _KLEIN_9B = partial(
     joint_attention_dim=12288,
     guidance_embeds=False,
 )
+_UNREAD = Unread(("lm_head", "norm", "vision_tower", "multi_modal_projector"), layers_from=0.75)
+"""The prompt is read off hidden states up to three quarters of the way (`_prompt_layers`); upsampling a prompt reads the rest."""
 _SOURCE = "config.json of the repository; parameter counts agree with it"
 
 
@@ -52,6 +56,7 @@ def _prompt_layers(pipe: DiffusionPipeline) -> Mapping[str, Any]:
 FAMILY = Family(
     name="flux2",
     title="FLUX.2",
+    parts={"transformer": Part(), "text_encoder": encoder_part(_UNREAD)},
     generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
     casts_latents=False,
     published=(

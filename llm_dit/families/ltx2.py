@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 
-from ..checkpoints.names import Part
+from ..checkpoints.names import Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
 from .base import Family, Generation, Published
@@ -133,6 +133,7 @@ _VOCODER = {"ups": "upsamplers", "resblocks": "resnets", "conv_pre": "conv_in", 
 
 _OTHER_PARTS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 PARTS = {
+    "text_encoder": encoder_part(),
     "transformer": Part(
         prefixes=("model.diffusion_model.", "diffusion_model.", ""),
         without=(*_OTHER_PARTS, "text_embedding_projection.", "vae.", "audio_vae.", "vocoder."),
