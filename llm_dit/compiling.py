@@ -1,8 +1,13 @@
-"""Compiling a transformer, block by block where its class allows it."""
+"""Compiling a transformer, block by block where its class allows it, and capturing it in CUDA graphs."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+from .graphs import graph_forward
+from .names import GRAPH_MODE
 
 
 def compile_component(model: Any, mode: str) -> None:
@@ -12,9 +17,18 @@ def compile_component(model: Any, mode: str) -> None:
     used where the diffusers class names its repeated blocks.
 
     Args:
-        mode: a mode of `torch.compile`.
+        mode: a mode of `torch.compile`, or "cuda-graph": compiled with the default mode, and the whole forward, compiled blocks
+            and all between them, captured in CUDA graphs (`llm_dit.graphs`).
+
+    Raises:
+        ValueError: for "cuda-graph" without a CUDA device.
     """
+    if mode == GRAPH_MODE and not torch.cuda.is_available():
+        raise ValueError(f"compile_mode={GRAPH_MODE!r} captures CUDA graphs, and there is no CUDA device: use 'default'")
+    torch_mode = "default" if mode == GRAPH_MODE else mode
     if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(mode=mode)
+        model.compile_repeated_blocks(mode=torch_mode)
     else:
-        model.compile(mode=mode)
+        model.compile(mode=torch_mode)
+    if mode == GRAPH_MODE:
+        graph_forward(model)

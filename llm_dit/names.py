@@ -10,7 +10,8 @@ COMPONENT_TYPES: Final = ("encoder", "transformer", "vae")
 GRANULARITIES: Final = ("per-row", "per-tensor")
 BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
 ACTIVATION_SCALES: Final = ("dynamic", "static")
-COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODE: Final = "cuda-graph"
+COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", GRAPH_MODE)
 
 
 def nearest(value: object, valid: Sequence[str]) -> str:

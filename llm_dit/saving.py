@@ -26,9 +26,10 @@ def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
                 "unload_lora_weights(), or fuse_lora() and then unload_lora_weights(), before save_pretrained"
             )
         if getattr(model, PRUNED, ()):
+            left_out = ", ".join(getattr(model, PRUNED))
             raise ValueError(
-                f"{name} was read from a file that leaves out {', '.join(getattr(model, PRUNED))}, and a saved folder needs them: "
-                "load the encoder from its repository to save it"
+                f"{name} was read from a file that leaves out {left_out}, and a saved folder needs them: load the encoder from its "
+                "repository to save it"
             )
         if getattr(model, "hf_quantizer", None) is None and any(isinstance(p, TorchAOBaseTensor) for p in model.parameters()):
             attach_plain_saver(model)

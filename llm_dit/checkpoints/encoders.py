@@ -1,7 +1,7 @@
 """Text encoders from single files, as ComfyUI publishes them: names of transformers before version 5, and only what is read.
 
 FLUX.2-dev's file, for example, has 30 of Mistral's 40 layers and neither head nor final norm nor vision tower, because the
-pipeline reads the hidden states of layers 10, 20 and 30. What a file leaves out and the pipelines do not read is taken off the model.
+pipeline reads the hidden states of layers 10, 20 and 30. What a file leaves out and nothing reads is taken off the model.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def prune(model: Any, absent: Sequence[str], unread: Unread) -> list[str]:
             first = min(gone)
             owner, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_submodule(path)[:first])
-            config = model.config.get_text_config()
+            config: Any = model.config.get_text_config()
             config.num_hidden_layers = first
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:first]
@@ -91,7 +91,7 @@ def prune(model: Any, absent: Sequence[str], unread: Unread) -> list[str]:
 
 def _language_layers(model: Any) -> tuple[str, int] | None:
     """The name of the language model's list of layers, and how many it has."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     count = config.get_text_config().num_hidden_layers if hasattr(config, "get_text_config") else 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.endswith("layers") and len(module) == count and "vision" not in name:

@@ -1,0 +1,166 @@
+"""A model's forward captured in CUDA graphs: one launch in the place of thousands.
+
+Diffusion steps have static shapes, and a transformer of many small operations waits for the host between them. A graph is
+captured for every signature (shapes, dtypes and values of all that is no tensor) when it comes for the second time, and replayed
+from then on, with the inputs copied into its own. All graphs of a model share one memory pool.
+
+A graph holds addresses and every Python value of its capture. So that it never replays what is no longer true, each call
+compares a fingerprint of the model: its parameters' addresses, its modules, attention processors and adapters. Another one drops
+the graphs: moving the model, fusing or scaling a LoRA, or another attention backend are followed at the next call. Where a graph
+cannot be right, the model runs as it is: with gradients, on the CPU, offloaded, or with a cache that decides step by step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .quantization.sizes import plain_parts
+
+logger = logging.getLogger(__name__)
+MAX_GRAPHS: Final = 8
+"""Graphs of a model that are kept; the one that was used longest ago goes first."""
+
+
+@dataclass
+class _Captured:
+    """One graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Any
+
+    def replay(self, inputs: list[Tensor]) -> Any:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        # Copied, because the next replay overwrites it: guidance calls a model twice before it looks at either result.
+        return tree_map(lambda value: value.clone() if torch.is_tensor(value) else value, self.output)
+
+
+class GraphedForward:
+    """Stands in the place of `model.forward`; see the module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._forward: Callable[..., Any] = model.forward
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._seen: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
+        self._fingerprint: int | None = None
+        self._pool: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        signature = None if self._must_run_eagerly(leaves) else _signature(leaves, spec)
+        if signature is None or signature in self._refused:
+            return self._forward(*args, **kwargs)
+        fingerprint = _fingerprint(self._model)
+        if fingerprint != self._fingerprint:
+            self.drop()
+            self._fingerprint = fingerprint
+        if signature not in self._seen:
+            self._seen.add(signature)
+            return self._forward(*args, **kwargs)  # kernels are chosen, and compiled, outside of a capture
+        if signature not in self._graphs and not self._capture(signature, leaves, spec):
+            return self._forward(*args, **kwargs)
+        self._graphs.move_to_end(signature)
+        return self._graphs[signature].replay([leaf for leaf in leaves if torch.is_tensor(leaf)])
+
+    def drop(self) -> None:
+        """Frees all graphs; the next calls capture anew."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._refused.clear()
+        self._pool = None
+
+    @property
+    def captured(self) -> int:
+        """How many graphs are held."""
+        return len(self._graphs)
+
+    def _must_run_eagerly(self, leaves: list[Any]) -> bool:
+        tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+        return (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not tensors
+            or not all(tensor.is_cuda for tensor in tensors)
+            or hasattr(self._model, "_hf_hook")
+            or bool(getattr(self._model, "is_cache_enabled", False))
+            or torch.cuda.is_current_stream_capturing()
+        )
+
+    def _capture(self, signature: Hashable, leaves: list[Any], spec: Any) -> bool:
+        own = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(own, spec)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = self._forward(*args, **kwargs)
+        except RuntimeError as error:
+            logger.warning(
+                "%s cannot be captured in a CUDA graph and runs without one: %s",
+                type(self._model).__name__,
+                str(error).splitlines()[0],
+            )
+            self._refused.add(signature)
+            return False
+        while len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        self._graphs[signature] = _Captured(graph, [leaf for leaf in own if torch.is_tensor(leaf)], output)
+        return True
+
+
+def graph_forward(model: nn.Module) -> GraphedForward:
+    """Makes `model` capture and replay its forward; returns what stands in its place, whose `drop()` frees the graphs."""
+    if isinstance(model.forward, GraphedForward):
+        return model.forward
+    graphed = GraphedForward(model)
+    model.forward = graphed
+    return graphed
+
+
+def _signature(leaves: list[Any], spec: Any) -> Hashable | None:
+    """What a graph is captured for, or None if an argument has no value to compare."""
+    parts: list[Hashable] = [str(spec), torch.is_inference_mode_enabled()]
+    for leaf in leaves:
+        if torch.is_tensor(leaf):
+            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        elif isinstance(leaf, int | float | str | bool | torch.dtype | torch.device | None):
+            parts.append((type(leaf), leaf))
+        else:
+            return None
+    return tuple(parts)
+
+
+def _fingerprint(model: nn.Module) -> int:
+    return hash(tuple(_traits(model)))
+
+
+def _traits(model: Any) -> Iterator[Hashable]:
+    """All that a capture bakes in, besides the inputs: addresses, and values that modules read in Python."""
+    for module in model.modules():
+        yield id(module)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield from (part.data_ptr() for part in plain_parts(parameter))
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                yield buffer.data_ptr()
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            yield id(processor)
+            yield str(getattr(processor, "_attention_backend", None))
+        if hasattr(module, "lora_A"):
+            yield (module.merged, module.disable_adapters, tuple(module.active_adapters), tuple(module.scaling.items()))
