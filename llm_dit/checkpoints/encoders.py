@@ -49,7 +49,8 @@ class Unread:
     def split(self, model: nn.Module, missing: Sequence[str]) -> tuple[list[str], list[str]]:
         """(missing parameters that are not read, those that are)."""
         layers = _language_layers(model)
-        unread, read = [], []
+        unread: list[str] = []
+        read: list[str] = []
         for name in missing:
             layer = _LAYER.match(name)
             above = (
