@@ -24,7 +24,7 @@ from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.sizes import model_bytes
 from ..quantization.tensors.staging import drain_staging
-from ..quantization.tensors.stream import fetch, row_chunks, store
+from ..quantization.tensors.stream import allocate, fetch, row_chunks, store
 from .base import ComponentRequest, LoadPlan
 from .saving import detach_saver
 
@@ -123,7 +123,7 @@ def _cast_read(value: Tensor, device: torch.device) -> Tensor:
     if value.dtype == STORAGE_DTYPE:
         return value.to(device)
     limit = torch.finfo(STORAGE_DTYPE).max
-    result = torch.empty(value.shape, dtype=STORAGE_DTYPE, device=device)
+    result = allocate(value.shape, STORAGE_DTYPE, device)
     for chunk in row_chunks(value, device) if value.ndim else ():
         store(result[chunk], fetch(value[chunk], device).clamp(-limit, limit).to(STORAGE_DTYPE))
     drain_staging()

@@ -17,7 +17,7 @@ from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
 from .fused import ZERO_ROW_BOUND, as_fused
-from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
+from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
 _HALF_BOUND = 2.0**-14
 """The same floor in float16: its smallest normal number, because torchao clamps in the dtype of the input."""
@@ -44,7 +44,7 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
     rows, columns = weight.shape
     # torchao takes a scale [1, 1] over a 128 x 128 block for DeepSeek's blockwise layout, so that size gets row scales.
     per_row = config.granularity == "per-row" or (rows, columns) == (128, 128)
-    qdata = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=target)
+    qdata = allocate((rows, columns), torch.float8_e4m3fn, target)
     scale = torch.empty((rows if per_row else 1, 1), dtype=torch.float32, device=compute)
     tensor_scale = None if per_row else _tensor_scale(weight, compute)
     for chunk in row_chunks(weight, compute):

@@ -16,7 +16,7 @@ from torchao.core.config import AOBaseConfig
 
 from ..kernels import dequantize_int4
 from .base import DequantizedWeight, aten, run_dequantized, serializable
-from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
+from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
 GROUP_SIZE = 128
 
@@ -69,7 +69,7 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     assert isinstance(config, Int4GroupConfig)
     rows, columns = weight.shape
     groups = columns // config.group_size
-    qdata = torch.empty((rows, columns // 2), dtype=torch.uint8, device=target)
+    qdata = allocate((rows, columns // 2), torch.uint8, target)
     scale = torch.empty((rows, groups), dtype=weight.dtype, device=compute)
     zero_point = torch.empty_like(scale)
     # A group of equal weights has no range. The floor keeps the scale from 0; such a group is its zero point alone.

@@ -10,7 +10,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8Tensor
 
 from .fused import as_fused
-from .stream import fetch, register_weight_handler, require_finite, row_chunks, store
+from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
 _EPS = torch.finfo(torch.float32).eps
 """torchao's floor of an int8 scale, in every dtype."""
@@ -31,7 +31,7 @@ def quantize_int8(weight: Tensor, config: AOBaseConfig, target: torch.device, co
     """
     rows, columns = weight.shape
     groups = 2 if weight.dtype == torch.float16 and columns % 2 == 0 else 1
-    qdata = torch.empty(weight.shape, dtype=torch.int8, device=target)
+    qdata = allocate(weight.shape, torch.int8, target)
     scale = torch.empty((rows, groups), dtype=torch.float32, device=compute)
     zero_point = torch.zeros((rows, groups), dtype=torch.int8, device=target)
     for chunk in row_chunks(weight, compute):

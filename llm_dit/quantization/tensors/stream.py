@@ -10,7 +10,7 @@ module that is in memory) and a loader (a tensor that was just read, to be held 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from .host_pages import HUGE_PAGE, advise_huge_pages
 from .staging import drain_staging, staging_for
 
 CHUNK_ELEMENTS = {"cpu": 512 * 1024}
@@ -43,6 +44,17 @@ def row_chunks(weight: Tensor, compute: torch.device) -> Iterator[slice]:
     step = rows if weight.is_meta else max(1, elements // max(1, weight[0].numel()))
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(start + step, rows))
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a result, not yet written; on the host in huge pages where the system has them.
+
+    New host memory costs a fault per page at its first write: two million faults of 4 KiB for a model of 8 GB.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if device.type == "cpu" and tensor.numel() * tensor.element_size() >= HUGE_PAGE:
+        advise_huge_pages(tensor)
+    return tensor
 
 
 def fetch(part: Tensor, compute: torch.device) -> Tensor:
