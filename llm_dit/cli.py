@@ -235,9 +235,30 @@ def inspect(
         return
     components = found.pop("components", None)
     for key, value in found.items():
-        _print(f"{key}: {value}")
+        _print(f"{key}: {_shortened(value)}")
     for name, component in (components or {}).items():
         _print(f"{name}: {component}")
+
+
+def _shortened(value: Any) -> str:
+    """A value in a line, of a long list the first few."""
+    if isinstance(value, list):
+        return f"{len(value)}: {', '.join(map(str, value[:6]))}, ..." if len(value) > 6 else ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A pipeline folder, its transformer folder, or a .safetensors file, in bf16.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write; must not exist.")],
+    layout: Annotated[str, typer.Option(help="bfl (FLUX.2), ltx (LTX-2) or comfy (all).")] = "comfy",
+) -> None:
+    """Write a transformer as scaled fp8 in an official layout, for ComfyUI and diffusers alike."""
+    from .checkpoints.convert import convert as run
+
+    result = run(source, output, layout)
+    counts = f"{result.fp8_weights} weights in fp8, {result.other_tensors} tensors as they were"
+    _print(f"{result.path}: {counts}, {result.nbytes:,} bytes")
 
 
 @app.command()
@@ -310,6 +331,28 @@ def speed(
 
         job = forwards.plan(selection, steps=steps or 10, warmups=warmups, fresh=fresh, timeout_s=timeout)
     report(job, _print, output, table, plot, again)
+
+
+@bench_app.command()
+def checkpoint(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the files lie while it runs.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed forwards.")] = 5,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
+) -> None:
+    """An official-layout fp8 file against run-time quantization and layerwise casting."""
+    import tempfile
+
+    from .bench.checkpoint import plan
+    from .bench.results import report
+
+    place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-checkpoint"
+    report(plan(geometry or ["tiny-klein"], place, steps, timeout), _print, output, table, None, again)
 
 
 def main() -> NoReturn:

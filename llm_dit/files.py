@@ -17,8 +17,9 @@ from .backends.checkpoint import load_planned, require_kept_support
 from .building import build_empty, component_class
 from .checkpoints.header import read_header
 from .checkpoints.layout import Layout, read_layout
-from .checkpoints.names import Part
 from .checkpoints.plan import Plan, Wanted, plan_component
+from .checkpoints.recognize import recognize
+from .families.base import Family
 from .loader import component_report, read_json
 from .quantization import METHODS, ComponentReport, get_method
 from .request import LoadRequest
@@ -57,7 +58,7 @@ def plan_files(
     source: str,
     hub: Mapping[str, Any],
     request: LoadRequest,
-    parts: Mapping[str, Part],
+    family: Family,
     roles: Mapping[str, str],
     passed: Collection[str],
     wanted_of: Callable[[str, str], ComponentRequest | None],
@@ -69,7 +70,7 @@ def plan_files(
 
     Args:
         source, hub: the pipeline's folder or repository, which has the configurations.
-        parts: by component name, where its tensors stand in a file.
+        family: of the pipeline.
         roles: by component name, its role.
         passed: the components that the caller passed.
         wanted_of: from a component's name and role, what is asked for it.
@@ -78,11 +79,13 @@ def plan_files(
         ValueError: for a file that cannot be read, or not as one of this component, naming the file's own keys.
     """
     index = read_json(source, "model_index.json", hub)
+    parts = family.parts
     planned: dict[str, FileComponent] = {}
     for asked, file in request.files.items():
         if asked in passed:
             raise ValueError(f"{asked} was passed and {asked.split('_')[-1]}_file names a file for it: give one of the two")
         layout = read_layout(read_header(resolve_file(file, hub)))
+        _check_kind(layout, asked, family)
         others = [name for name in parts if name != asked and parts[name].prefixes[-1] and parts[name].select(layout)]
         for name in (asked, *others):
             entry = index.get(name)
@@ -99,6 +102,16 @@ def plan_files(
             require_kept_support(plan)
             planned[name] = FileComponent(name, model, plan, started)
     return list(planned.values())
+
+
+def _check_kind(layout: Layout, component: str, family: Family) -> None:
+    """Raises ValueError for a file that is recognized as something else, which its names would only say in detail."""
+    kind = recognize(layout.weights.keys())
+    wanted = family.name if component == "transformer" else ""
+    if kind is not None and kind.family != wanted:
+        raise ValueError(
+            f"{layout.header.path} holds a {kind.title}, and was given for the {component} of a {family.title} pipeline"
+        )
 
 
 def _wanted(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints.header import Header, read_header
+from .checkpoints.layout import Layout, read_layout
+from .checkpoints.recognize import Kind, recognize
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     """
     place = Path(path)
     if place.is_file():
-        return {"kind": "file", "path": str(place), **describe_header(read_header(place))}
+        return {"kind": "file", "path": str(place), **describe_file(read_header(place))}
     index = place / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{str(place)!r} is neither a safetensors file nor a folder with a model_index.json")
@@ -33,6 +35,51 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         "pipeline_class": entries.get("_class_name"),
         "components": components,
     }
+
+
+def describe_file(header: Header) -> dict[str, Any]:
+    """What a checkpoint file is and what the loader would do with it, or why it would refuse it."""
+    kind = recognize(header.tensors)
+    described = {"holds": kind.title if kind else "nothing that llm_dit knows", **describe_header(header)}
+    try:
+        layout = read_layout(header)
+    except ValueError as error:
+        return {**described, "layout": "not supported", "loading": f"refused: {error}"}
+    kept = [key for key in layout.fp8 if layout.stays_fp8(key)]
+    dequantized = [key for key in layout.fp8 if key not in kept]
+    scales = [header.tensors[weight.scale].elements for weight in layout.fp8.values() if weight.scale]
+    described |= {
+        "layout": layout.title,
+        "prefix": layout.prefix,
+        "fp8_weights": len(layout.fp8),
+        "stays_fp8": len(kept),
+        "dequantized": dequantized,
+        "scales_per_tensor": sum(count == 1 for count in scales),
+        "scales_per_row": sum(count > 1 for count in scales),
+        "input_scales": sum(weight.input_scale is not None for weight in layout.fp8.values()),
+        "other_components": _other_components(layout),
+        "ignored": list(layout.ignored),
+    }
+    return {**described, "loading": _loading(kind, kept, dequantized, layout)}
+
+
+def _other_components(layout: Layout) -> list[str]:
+    starts = {"vae.": "vae", "audio_vae.": "audio_vae", "vocoder.": "vocoder", "text_embedding_projection.": "connectors"}
+    return [name for start, name in starts.items() if any(key.startswith(start) for key in layout.weights)]
+
+
+def _loading(kind: Kind | None, kept: list[str], dequantized: list[str], layout: Layout) -> str:
+    argument = "encoder_file" if kind is not None and not kind.family else "transformer_file"
+    if kind is None:
+        return "refused: it is no transformer of FLUX.2, LTX-2, Z-Image or Qwen-Image, and no text encoder"
+    if not layout.fp8:
+        return f"{argument}: read in 16 bits, or quantized while it is read with the method that is asked for"
+    words = f"{argument}: {len(kept)} weights stay in fp8, byte for byte"
+    if dequantized:
+        words += f"; {len(dequantized)} are dequantized (biases, norms, embeddings, e5m2, dimensions not divisible by 16)"
+    if layout.static:
+        words += "; activation_scale='static' would use its input scales"
+    return words
 
 
 def describe_header(header: Header) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
                 kwargs["dtype"] = torch.bfloat16
                 request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
         given = {name for name in components if name in kwargs}
-        from_files = plan_files(source, hub, request, cls.family.parts, roles, given, partial(cls._wanted, request))
+        from_files = plan_files(source, hub, request, cls.family, roles, given, partial(cls._wanted, request))
         passed = {name: kwargs[name] for name in given if isinstance(kwargs[name], nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
         if "torch_dtype" in kwargs and "dtype" not in kwargs:

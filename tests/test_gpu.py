@@ -6,6 +6,7 @@ from conftest import generate, relative_error
 from torchao.utils import TorchAOBaseTensor
 
 from llm_dit import load_pipeline
+from llm_dit.checkpoints.convert import convert
 from llm_dit.mixin import QuantizablePipelineMixin
 from llm_dit.quantization.sizes import plain_parts
 
@@ -103,3 +104,44 @@ def test_the_recommendation_fits_the_card(tiny):
     assert get_recommended_method() == ("fp8-dynamic" if check_fp8_support() else "int8")
     pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16, device_map="cuda", quantization="auto")
     assert pipe.quantization_report["transformer"].method == get_recommended_method()
+
+
+@pytest.mark.parametrize("method", ["fp8-dynamic", "fp8-weight-only"])
+@pytest.mark.parametrize("name", MAIN)
+def test_an_fp8_file_on_the_tensor_cores(name, method, tiny, on_gpu, tmp_path):
+    convert(tiny(name), tmp_path / "fp8.safetensors", "comfy")
+    keywords = {"dtype": torch.bfloat16, "transformer_file": tmp_path / "fp8.safetensors", "quantization_transformer": method}
+    pipe = load_pipeline(tiny(name), device_map="cuda", **keywords)
+    assert pipe.quantization_report["transformer"].backend == "checkpoint"
+    assert all(p.device.type == "cuda" for p in pipe.transformer.parameters())
+    output = generate(pipe, name).cpu()
+    assert relative_error(output, on_gpu(name)) < LARGEST_ERROR[method]
+    moved = load_pipeline(tiny(name), **keywords).to("cuda")
+    assert torch.equal(generate(moved, name).cpu(), output)
+
+
+@pytest.mark.parametrize("method", ["none", *METHODS])
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image", "ltx2.3"])
+def test_cuda_graphs_give_the_picture_of_the_compiled_model(name, method, tiny):
+    keywords = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_transformer": method, "compile": True}
+    expected = generate(load_pipeline(tiny(name), **keywords), name)
+    pipe = load_pipeline(tiny(name), **keywords, compile_mode="cuda-graph")
+    outputs = [generate(pipe, name) for _ in range(3)]
+    assert pipe.transformer.forward.captured > 0
+    for output in outputs:
+        assert relative_error(output.cpu(), expected.cpu()) < 1e-3
+    assert torch.equal(outputs[1], outputs[2])
+
+
+def test_cuda_graphs_follow_what_changes(tiny):
+    pipe = load_pipeline(tiny("flux2-klein"), dtype=torch.bfloat16, device_map="cuda", compile=True, compile_mode="cuda-graph")
+    generate(pipe, "flux2-klein")
+    before = generate(pipe, "flux2-klein")
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.data = pipe.transformer.proj_out.weight.data * 2  # other memory, other values
+    changed = generate(pipe, "flux2-klein")
+    assert not torch.equal(changed, before)
+    eager = load_pipeline(tiny("flux2-klein"), dtype=torch.bfloat16, device_map="cuda", compile=True)
+    with torch.no_grad():
+        eager.transformer.proj_out.weight.mul_(2)
+    assert relative_error(changed.cpu(), generate(eager, "flux2-klein").cpu()) < 1e-3

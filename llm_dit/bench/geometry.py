@@ -7,6 +7,7 @@ is made here once too, so that a measured forward does what a step of the pipeli
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from ..families import published_models
 
 STD: Final = 0.02
 """Standard deviation of random matrices: at the widths of these models activations keep a scale near 1."""
+_RESIDUAL: Final = re.compile(r"(to_out|to_out\.0|to_add_out|linear_out|net\.2|w2)\.weight$")
+"""Weights whose products are added to the residual stream. They are smaller by the root of their number, as GPT-2 initializes
+them: otherwise the stream grows with every block, and any rounding error with it."""
 
 Keywords = dict[str, Any]
 
@@ -54,10 +58,12 @@ def random_model(make: Callable[[], nn.Module], device: torch.device, seed: int 
         model = make()
     if device.type != "meta":
         generator = torch.Generator(device).manual_seed(seed)
+        residual = [name for name, _ in model.named_parameters() if _RESIDUAL.search(name)]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 norm = parameter.ndim == 1 and not name.endswith("bias")
-                parameter.normal_(float(norm), 0.05 if norm else STD, generator=generator)
+                std = STD / len(residual) ** 0.5 if name in residual else STD
+                parameter.normal_(float(norm), 0.05 if norm else std, generator=generator)
     return model.eval().requires_grad_(False)
 
 

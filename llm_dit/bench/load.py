@@ -160,7 +160,7 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
         torch.cuda.init()
         torch.zeros(1, device="cuda")
         torch.cuda.reset_peak_memory_stats()
-    with _sampled_host_memory() as host:
+    with sampled_host_memory() as host:
         start = time.perf_counter()
         pipe = load(str(folder))
         loaded = time.perf_counter()
@@ -205,7 +205,7 @@ def _loader(case: Case) -> Any:
 
 
 @contextmanager
-def _sampled_host_memory() -> Iterator[list[int]]:
+def sampled_host_memory() -> Iterator[list[int]]:
     """Samples of this process's anonymous memory in bytes; the first is the level at the start."""
     samples = [_anonymous_bytes()]
     done = threading.Event()

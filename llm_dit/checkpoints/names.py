@@ -64,6 +64,21 @@ def encoder_part(unread: Unread | None = None) -> Part:
 
 
 @dataclass(frozen=True)
+class OfficialName:
+    """Where a tensor of a diffusers transformer stands in the file of its authors.
+
+    Attributes:
+        name: its name there, without a prefix.
+        place: which part of that tensor it is, where several are fused, counted from 0.
+        swapped: its two halves stand the other way round (shift and scale).
+    """
+
+    name: str
+    place: int = 0
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
 class Piece:
     """Rows `start` to `stop` of the tensor `key` of a file."""
 

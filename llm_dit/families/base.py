@@ -9,7 +9,7 @@ from typing import Any, Final
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..checkpoints.names import Part, encoder_part
+from ..checkpoints.names import OfficialName, Part, encoder_part
 
 COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
 
@@ -62,6 +62,8 @@ class Family:
         casts_latents: the pipelines cast latents to the VAE's dtype, so that a float32 VAE beside bfloat16 works.
         published: the published models.
         parts: by component name, where its tensors stand in a single checkpoint file.
+        official_name: the authors' name of a tensor of the transformer, from diffusers'; the inverse of diffusers' converter.
+        bf16_blocks: indices, from both ends, of the blocks that the authors leave in bf16 in their fp8 files.
     """
 
     name: str
@@ -71,6 +73,9 @@ class Family:
     casts_latents: bool = True
     published: tuple[Published, ...] = ()
     parts: Mapping[str, Part] = field(default_factory=lambda: {"transformer": Part(), "text_encoder": encoder_part()})
+
+    official_name: Callable[[str], OfficialName] = OfficialName
+    bf16_blocks: tuple[int, ...] = ()
 
     def role(self, component: str) -> str | None:
         """The role of a component of the pipeline, or None if it stays as it is."""

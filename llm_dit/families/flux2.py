@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers import (
 )
 
 from ..checkpoints.encoders import Unread
-from ..checkpoints.names import Part, encoder_part
+from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import mistral_small_24b, qwen3_4b, qwen3_8b
 from .base import Family, Generation, Published
@@ -53,9 +54,63 @@ def _prompt_layers(pipe: DiffusionPipeline) -> Mapping[str, Any]:
     return {"text_encoder_out_layers": tuple(layers * quarter // 4 for quarter in (1, 2, 3))}
 
 
+_OFFICIAL = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_OFFICIAL_DOUBLE = {
+    "attn.to_q": "img_attn.qkv",
+    "attn.to_k": "img_attn.qkv",
+    "attn.to_v": "img_attn.qkv",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "attn.add_q_proj": "txt_attn.qkv",
+    "attn.add_k_proj": "txt_attn.qkv",
+    "attn.add_v_proj": "txt_attn.qkv",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_OFFICIAL_SINGLE = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+_FUSED = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+
+def _official_name(name: str) -> OfficialName:
+    """Black Forest Labs' name: q, k and v are one weight, norms have a `scale`, and the last modulation is (shift, scale)."""
+    module, _, parameter = name.rpartition(".")
+    block = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", module)
+    if block is None:
+        return OfficialName(f"{_OFFICIAL[module]}.{parameter}", swapped=module == "norm_out.linear")
+    single, index, inner = block.groups()
+    theirs = (_OFFICIAL_SINGLE if single else _OFFICIAL_DOUBLE)[inner]
+    parameter = "scale" if theirs.endswith("_norm") else parameter
+    place = _FUSED.index(inner) % 3 if inner in _FUSED and not single else 0
+    return OfficialName(f"{'single' if single else 'double'}_blocks.{index}.{theirs}.{parameter}", place)
+
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2",
+    official_name=_official_name,
     parts={"transformer": Part(), "text_encoder": encoder_part(_UNREAD)},
     generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
     casts_latents=False,

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 
-from ..checkpoints.names import Part, encoder_part
+from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
 from .base import Family, Generation, Published
@@ -155,10 +155,35 @@ PARTS = {
 }
 """A published file of LTX-2 holds all but the text encoder (names: diffusers' scripts/convert_ltx2_to_diffusers.py)."""
 
+_OFFICIAL = {
+    "proj_in": "patchify_proj",
+    "audio_proj_in": "audio_patchify_proj",
+    "time_embed": "adaln_single",
+    "audio_time_embed": "audio_adaln_single",
+    "prompt_adaln": "prompt_adaln_single",
+    "audio_prompt_adaln": "audio_prompt_adaln_single",
+    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
+    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
+    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+    "video_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_video",
+    "audio_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_audio",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
+
+
+def _official_name(name: str) -> OfficialName:
+    """Lightricks' name; each entry above is one dotted part of it."""
+    return OfficialName(".".join(_OFFICIAL.get(part, part) for part in name.split(".")))
+
+
 FAMILY = Family(
     name="ltx2",
     title="LTX-2",
     parts=PARTS,
+    official_name=_official_name,
+    bf16_blocks=(0, 1, -2, -1),
     extra_roles={
         "prompt_enhancer": "encoder",
         "connectors": "encoder",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from diffusers import (
     AutoencoderKL,
     ZImageControlNetInpaintPipeline,
@@ -13,6 +15,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
+from ..checkpoints.names import OfficialName
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen3_4b_base
 from .base import Family, Generation, Published
@@ -30,9 +33,29 @@ def _flux1_vae() -> AutoencoderKL:
     )
 
 
+_OFFICIAL = (
+    ("all_final_layer.2-1.", "final_layer."),
+    ("all_x_embedder.2-1.", "x_embedder."),
+    (".attention.to_out.0.", ".attention.out."),
+    (".attention.norm_q.", ".attention.q_norm."),
+    (".attention.norm_k.", ".attention.k_norm."),
+)
+
+
+def _official_name(name: str) -> OfficialName:
+    """The authors' name: q, k and v are one weight."""
+    fused = re.fullmatch(r"(.+\.attention)\.to_([qkv])\.(.+)", name)
+    if fused is not None:
+        return OfficialName(f"{fused[1]}.qkv.{fused[3]}", "qkv".index(fused[2]))
+    for ours, theirs in _OFFICIAL:
+        name = name.replace(ours, theirs)
+    return OfficialName(name)
+
+
 FAMILY = Family(
     name="z_image",
     title="Z-Image",
+    official_name=_official_name,
     extra_roles={"controlnet": "transformer", "siglip": "encoder"},
     generation=Generation({"num_inference_steps": 9, "guidance_scale": 0.0, "height": 1024, "width": 1024}),
     published=(
