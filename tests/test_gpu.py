@@ -120,8 +120,8 @@ def test_an_fp8_file_on_the_tensor_cores(name, method, tiny, on_gpu, tmp_path):
     assert torch.equal(generate(moved, name).cpu(), output)
 
 
-@pytest.mark.parametrize("method", ["none", *METHODS])
-@pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image", "ltx2.3"])
+@pytest.mark.parametrize("method", ["none", "fp8-dynamic", "int4"])
+@pytest.mark.parametrize("name", ["flux2-klein", "ltx2.3"])
 def test_cuda_graphs_give_the_picture_of_the_compiled_model(name, method, tiny):
     keywords = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_transformer": method, "compile": True}
     expected = generate(load_pipeline(tiny(name), **keywords), name)
