@@ -10,7 +10,7 @@ from torch.distributions import Normal, StudentT
 from torch.nn.functional import linear
 
 from llm_dit.quantization import METHODS
-from llm_dit.quantization.tensors.stream import quantize_weight
+from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 
 
 def error(value: torch.Tensor, reference: torch.Tensor) -> float:

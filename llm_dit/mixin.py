@@ -40,7 +40,7 @@ from .quantization import (
     quantized_by,
 )
 from .quantization.sizes import model_tensors
-from .quantization.tensors.staging import move_model_to_gpu, release_staging
+from .quantization.torchao_tensors.staging import move_model_to_gpu, release_staging
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import prepare_for_saving
 

@@ -23,8 +23,8 @@ from ..quantization.filters import Layer, decide_layers, matches, named_layers
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.sizes import model_bytes
-from ..quantization.tensors.staging import drain_staging
-from ..quantization.tensors.stream import allocate, fetch, row_chunks, store
+from ..quantization.torchao_tensors.staging import drain_staging
+from ..quantization.torchao_tensors.stream import allocate, fetch, row_chunks, store
 from .base import ComponentRequest, LoadPlan
 from .saving import detach_saver
 

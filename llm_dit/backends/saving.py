@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer as TransformersTorchAoQuantizer
 
 from ..quantization.filters import Layer
-from ..quantization.tensors.fused import FusedFloat8Tensor, FusedInt8Tensor, fuse_weights
+from ..quantization.torchao_tensors.fused import FusedFloat8Tensor, FusedInt8Tensor, fuse_weights
 from .base import ComponentRequest
 from .streaming import (
     DiffusersStockSaving,

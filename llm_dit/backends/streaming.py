@@ -26,7 +26,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer as Tran
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from ..quantization.filters import Layer
-from ..quantization.tensors.fused import as_stock
+from ..quantization.torchao_tensors.fused import as_stock
 from .base import LoadPlan, Transform
 from .host_memory import HostMemory
 

@@ -14,7 +14,7 @@ from ..quantization.component import quantize_component, require_quantizable
 from ..quantization.filters import decide_layers, vae_refusal
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
-from ..quantization.tensors.stream import quantize_weight
+from ..quantization.torchao_tensors.stream import quantize_weight
 from .base import ComponentRequest, LoadPlan
 from .saving import attach_saver
 

@@ -18,7 +18,7 @@ from torchao.quantization import Int4WeightOnlyConfig, quantize_
 from ..compiling import compile_component
 from ..quantization import METHODS, get_method, quantize_component
 from ..quantization.filters import decide_layers
-from ..quantization.tensors.int4 import GROUP_SIZE
+from ..quantization.torchao_tensors.int4 import GROUP_SIZE
 
 Prepare = Callable[[nn.Module], nn.Module]
 COMPILE_MODES: Final[Mapping[str, str]] = {"compile": "default", "graph": "cuda-graph"}

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..names import check_name
-from ..quantization.tensors.staging import drain_staging
-from ..quantization.tensors.stream import fetch, row_chunks, store
+from ..quantization.torchao_tensors.staging import drain_staging
+from ..quantization.torchao_tensors.stream import fetch, row_chunks, store
 from .header import ITEM_BYTES, Header, TensorEntry, read_header
 from .layout import FORMAT_TENSOR, METADATA_KEY, PREFIXES
 from .names import OfficialName

@@ -12,10 +12,10 @@ from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwarg
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..quantization.tensors.fused import ZERO_ROW_BOUND, as_fused
-from ..quantization.tensors.staging import drain_staging, move_to_gpu
-from ..quantization.tensors.static import StaticFloat8Tensor
-from ..quantization.tensors.stream import quantize_weight
+from ..quantization.torchao_tensors.fused import ZERO_ROW_BOUND, as_fused
+from ..quantization.torchao_tensors.staging import drain_staging, move_to_gpu
+from ..quantization.torchao_tensors.static import StaticFloat8Tensor
+from ..quantization.torchao_tensors.stream import quantize_weight
 from .names import Piece
 from .plan import Plan, full_precision, input_scale, opened
 

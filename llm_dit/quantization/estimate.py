@@ -12,7 +12,7 @@ from ..names import COMPONENT_TYPES, GRANULARITIES, check_name
 from .filters import Layer, decide_layers
 from .methods import get_method
 from .sizes import tensor_bytes
-from .tensors.stream import quantize_weight
+from .torchao_tensors.stream import quantize_weight
 
 
 @dataclass(frozen=True)

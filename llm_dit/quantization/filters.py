@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
 
 from .methods import Method
-from .tensors.int8_conv import Int8ConvConfig
+from .torchao_tensors.int8_conv import Int8ConvConfig
 
 COMPONENT_SKIPS: Final[Mapping[str, tuple[str, ...]]] = {
     "encoder": ("embed_tokens", "*norm*", "lm_head", "rotary_emb"),

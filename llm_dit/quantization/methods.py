@@ -21,10 +21,10 @@ from torchao.quantization import (
 )
 
 from ..names import nearest
-from .tensors.float8 import Float8StreamConfig
-from .tensors.fused import ZERO_ROW_BOUND
-from .tensors.int4 import GROUP_SIZE, Int4GroupConfig
-from .tensors.int8 import Int8StreamConfig
+from .torchao_tensors.float8 import Float8StreamConfig
+from .torchao_tensors.fused import ZERO_ROW_BOUND
+from .torchao_tensors.int4 import GROUP_SIZE, Int4GroupConfig
+from .torchao_tensors.int8 import Int8StreamConfig
 
 _TORCHAO_GRANULARITY: Final = {"per-row": PerRow, "per-tensor": PerTensor}
 

@@ -8,7 +8,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from .detect import FP8_DTYPES
 from .sizes import plain_parts
-from .tensors.stream import row_chunks
+from .torchao_tensors.stream import row_chunks
 
 
 def probe_finite(model: nn.Module) -> None:

@@ -11,10 +11,10 @@ from llm_dit.quantization.kernels.dequantize_int4 import (
 from llm_dit.quantization.kernels.dequantize_rows import dequantize_rows
 from llm_dit.quantization.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from llm_dit.quantization.kernels.support import INTERPRETED
-from llm_dit.quantization.tensors.float8 import Float8StreamConfig
-from llm_dit.quantization.tensors.int4 import Int4GroupConfig
-from llm_dit.quantization.tensors.int8 import Int8StreamConfig
-from llm_dit.quantization.tensors.stream import quantize_weight
+from llm_dit.quantization.torchao_tensors.float8 import Float8StreamConfig
+from llm_dit.quantization.torchao_tensors.int4 import Int4GroupConfig
+from llm_dit.quantization.torchao_tensors.int8 import Int8StreamConfig
+from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 
 FP8_ERROR = 0.125
 """A unit in the last place of e4m3: the interpreter's cast truncates where the hardware rounds."""

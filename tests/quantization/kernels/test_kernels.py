@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_dit.quantization.kernels import dequantize_int4 as int4_module
-from llm_dit.quantization.kernels import dequantize_rows as rows_module
-from llm_dit.quantization.kernels import quantize_rows as quantize_module
-from llm_dit.quantization.kernels.dequantize_int4 import dequantize_int4, dequantize_int4_to_float8
-from llm_dit.quantization.kernels.dequantize_rows import dequantize_rows
-from llm_dit.quantization.kernels.quantize_rows import quantize_rows
-from llm_dit.quantization.tensors.float8 import Float8StreamConfig
-from llm_dit.quantization.tensors.int4 import Int4GroupConfig
-from llm_dit.quantization.tensors.int8 import Int8StreamConfig
-from llm_dit.quantization.tensors.stream import quantize_weight
+from llm_dit.quantization.kernels.dequantize_int4 import (
+    dequantize_int4,
+    dequantize_int4_reference,
+    dequantize_int4_to_float8,
+)
+from llm_dit.quantization.kernels.dequantize_rows import dequantize_rows, dequantize_rows_reference
+from llm_dit.quantization.kernels.quantize_rows import quantize_rows, quantize_rows_reference
+from llm_dit.quantization.torchao_tensors.float8 import Float8StreamConfig
+from llm_dit.quantization.torchao_tensors.int4 import Int4GroupConfig
+from llm_dit.quantization.torchao_tensors.int8 import Int8StreamConfig
+from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 
 BOUND = 1e-12
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -136,7 +137,7 @@ def test_quantize_rows_on_the_gpu(columns, dtype):
     rows = rows.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else rows
     bound = 2.0**-14 if dtype == torch.float16 else BOUND
     quantized, scale = quantize_rows(rows, bound)
-    reference, expected = quantize_module.quantize_rows_reference(rows, bound)
+    reference, expected = quantize_rows_reference(rows, bound)
     assert torch.equal(scale, expected)
     assert torch.equal(quantized.view(torch.uint8), reference.view(torch.uint8))
     if dtype != torch.float16:
@@ -201,14 +202,12 @@ def test_linears_compile_without_a_graph_break(config):
 def test_dequantizing_on_the_gpu_rounds_once(config):
     weight = quantize_weight(torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16), config)
     if isinstance(config, Int4GroupConfig):
-        exact = int4_module.dequantize_int4_reference(
-            weight.qdata, weight.scale.double(), weight.zero_point.double(), torch.float64
-        )
+        exact = dequantize_int4_reference(weight.qdata, weight.scale.double(), weight.zero_point.double(), torch.float64)
         found = dequantize_int4(weight.qdata, weight.scale, weight.zero_point, torch.bfloat16)
     else:
         exact = weight.qdata.double() * weight.scale.double()
         found = dequantize_rows(weight.qdata, weight.scale, torch.bfloat16)
-        assert torch.equal(found, rows_module.dequantize_rows_reference(weight.qdata, weight.scale, torch.bfloat16))
+        assert torch.equal(found, dequantize_rows_reference(weight.qdata, weight.scale, torch.bfloat16))
     assert error(found, exact) < 3e-3
 
 
@@ -218,7 +217,7 @@ def test_a_compiler_gets_the_reference():
     from torchao.quantization import Float8Tensor
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    from llm_dit.quantization.tensors.fused import FusedFloat8Tensor, as_fused
+    from llm_dit.quantization.torchao_tensors.fused import FusedFloat8Tensor, as_fused
 
     with FakeTensorMode():
         data = torch.empty(64, 32, device="cuda", dtype=torch.float8_e4m3fn)

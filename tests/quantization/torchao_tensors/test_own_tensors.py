@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 
-from llm_dit.quantization.tensors import Int4GroupConfig, Int4GroupTensor, Int8ConvConfig, Int8ConvTensor
-from llm_dit.quantization.tensors.stream import quantize_weight
+from llm_dit.quantization.torchao_tensors import Int4GroupConfig, Int4GroupTensor, Int8ConvConfig, Int8ConvTensor
+from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 
 CONVS = {
     "conv1d": (nn.Conv1d(6, 8, 3, padding=1), (2, 6, 10)),

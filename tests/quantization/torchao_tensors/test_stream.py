@@ -8,8 +8,8 @@ from torch import nn
 from torchao.quantization import Float8Tensor, Int8Tensor, PerRow, PerTensor, quantize_
 
 from llm_dit.quantization import METHODS, VALID_METHODS
-from llm_dit.quantization.tensors import stream
-from llm_dit.quantization.tensors.stream import quantize_weight
+from llm_dit.quantization.torchao_tensors import stream
+from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 QUANTIZING = [method for method in VALID_METHODS if method != "none"]
