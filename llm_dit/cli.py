@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .cli_bench import bench_app
+from .terminal import METHODS_HELP, console, print_plain
 
 app = typer.Typer(
     name="llm-dit",
@@ -21,12 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-# Piped output has no width of its own, and 80 columns would break every table.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-METHODS_HELP = "none, fp8-dynamic, fp8-weight-only, int8 or int4"
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A folder or a repository id.")]
 Quantization = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}; or auto.")]
 ForTransformer = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}.")]
@@ -36,13 +33,12 @@ Granularity = Annotated[str | None, typer.Option(help="per-row or per-tensor, fo
 Backend = Annotated[str | None, typer.Option(help="torchao, layerwise or checkpoint.")]
 Skip = Annotated[list[str] | None, typer.Option(help="A name pattern left in bf16; may be given several times.")]
 Config = Annotated[str | None, typer.Option(help="A config.toml; options win over it.")]
-TransformerFile = Annotated[str | None, typer.Option(help="An official fp8 checkpoint of the transformer.")]
+TransformerFile = Annotated[
+    str | None, typer.Option(help="A single-file checkpoint of the transformer, fp8 or bf16: a path, or owner/repository/file.")
+]
+EncoderFile = Annotated[str | None, typer.Option(help="The same for the text encoder.")]
+ActivationScale = Annotated[str | None, typer.Option(help="dynamic, or static: the scales that an fp8 checkpoint holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _print(text: str) -> None:
-    """Prints text as it is: no markup in it, no line broken."""
-    console.print(text, markup=False, soft_wrap=True)
 
 
 def _load_keywords(
@@ -55,6 +51,8 @@ def _load_keywords(
     skip: list[str] | None,
     config: str | None,
     transformer_file: str | None = None,
+    encoder_file: str | None = None,
+    activation_scale: str | None = None,
 ) -> dict[str, Any]:
     """The keyword arguments of `from_pretrained` that were given."""
     keywords = {
@@ -67,6 +65,8 @@ def _load_keywords(
         "quantization_skip": skip or None,
         "config": config,
         "transformer_file": transformer_file,
+        "encoder_file": encoder_file,
+        "activation_scale": activation_scale,
     }
     return {name: value for name, value in keywords.items() if value is not None}
 
@@ -86,8 +86,10 @@ def generate(
     skip: Skip = None,
     config: Config = None,
     transformer_file: TransformerFile = None,
+    encoder_file: EncoderFile = None,
+    activation_scale: ActivationScale = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = None,
-    compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile.")] = None,
+    compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile, or cuda-graph.")] = None,
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
     width: Annotated[int | None, typer.Option(min=1)] = None,
@@ -121,6 +123,8 @@ def generate(
         skip,
         config,
         transformer_file,
+        encoder_file,
+        activation_scale,
     )
     load |= {k: v for k, v in {"compile": compile, "compile_mode": compile_mode}.items() if v is not None}
     call = {
@@ -132,7 +136,7 @@ def generate(
     }
     target = output or Path("out.mp4" if found.generation.video else "out.png")
     result = run(GenerateOptions(source, prompt, target, load, call, guidance, seed, device, offload))
-    _print(str(result.pipe.quantization_report))
+    print_plain(str(result.pipe.quantization_report))
     console.print(f"{result.output}: loaded in {result.load_seconds:.1f} s, made in {result.generate_seconds:.1f} s")
 
 
@@ -172,7 +176,7 @@ def quantize(
     beside = output.with_name(f"{output.name}.part")
     pipe.save_pretrained(beside)
     beside.rename(output)
-    _print(str(pipe.quantization_report))
+    print_plain(str(pipe.quantization_report))
     console.print(f"saved to {output}")
 
 
@@ -235,9 +239,9 @@ def inspect(
         return
     components = found.pop("components", None)
     for key, value in found.items():
-        _print(f"{key}: {_shortened(value)}")
+        print_plain(f"{key}: {_shortened(value)}")
     for name, component in (components or {}).items():
-        _print(f"{name}: {component}")
+        print_plain(f"{name}: {component}")
 
 
 def _shortened(value: Any) -> str:
@@ -258,7 +262,7 @@ def convert(
 
     result = run(source, output, layout)
     counts = f"{result.fp8_weights} weights in fp8, {result.other_tensors} tensors as they were"
-    _print(f"{result.path}: {counts}, {result.nbytes:,} bytes")
+    print_plain(f"{result.path}: {counts}, {result.nbytes:,} bytes")
 
 
 @app.command()
@@ -270,89 +274,8 @@ def demo(
     from .demo import run_demo
 
     result = run_demo(folder, method)
-    _print(str(result.pipe.quantization_report))
+    print_plain(str(result.pipe.quantization_report))
     console.print(f"wrote {result.output} in {result.generate_seconds:.1f} s (random weights: the picture is noise)")
-
-
-@bench_app.command()
-def load(
-    geometry: Annotated[str, typer.Option(help="1gb or klein-9b.")] = "1gb",
-    folder: Annotated[Path | None, typer.Option(help="Where the random weights lie; kept between runs.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each case; the fastest counts.")] = 1,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
-) -> None:
-    """Load time and peak memory: bf16, plain diffusers + TorchAoConfig, llm-dit."""
-    import tempfile
-    from dataclasses import asdict
-
-    from .bench import load as bench
-
-    place = folder or Path(tempfile.gettempdir()) / f"llm-dit-bench-{geometry}"
-    bench.build_folder(place, geometry)
-    _print(bench.HEADER)
-    results = []
-    for result in bench.run(place, bench.default_cases(), repeats):
-        results.append(asdict(result))
-        _print(bench.row(result))
-        if output:
-            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-@bench_app.command()
-def speed(
-    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}, or layerwise; repeatable; all.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="eager, compile or graph; repeatable; all by default.")] = None,
-    implementation: Annotated[list[str] | None, typer.Option(help="llm-dit, torchao, diffusers, sdnq; repeatable.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw speed against memory and error into a PNG.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Timed forwards (10); with --end-to-end, denoising steps.")] = None,
-    warmups: Annotated[int, typer.Option(min=1, help="Forwards before the timed ones.")] = 3,
-    fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="A process for every case, or one a geometry.")] = True,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
-    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Whole pipelines, from process start to picture.")] = False,
-    saved: Annotated[str, typer.Option(help="End to end: the folder holds the bf16 or the quantized model.")] = "bf16",
-    folder: Annotated[Path | None, typer.Option(help="End to end: where the pipelines lie; kept between runs.")] = None,
-) -> None:
-    """Time, memory and error of one transformer step, beside stock torchao, diffusers and SDNQ."""
-    from .bench.results import Selection, report
-
-    selection = Selection(*(tuple(names or ()) for names in (geometry, implementation, method, mode)))
-    if end_to_end:
-        from .bench import end_to_end as pipelines
-
-        job = pipelines.plan(selection, saved=saved, folder=folder, steps=steps, timeout_s=timeout)
-    else:
-        from .bench import speed as forwards
-
-        job = forwards.plan(selection, steps=steps or 10, warmups=warmups, fresh=fresh, timeout_s=timeout)
-    report(job, _print, output, table, plot, again)
-
-
-@bench_app.command()
-def checkpoint(
-    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the files lie while it runs.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed forwards.")] = 5,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
-) -> None:
-    """An official-layout fp8 file against run-time quantization and layerwise casting."""
-    import tempfile
-
-    from .bench.checkpoint import plan
-    from .bench.results import report
-
-    place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-checkpoint"
-    report(plan(geometry or ["tiny-klein"], place, steps, timeout), _print, output, table, None, again)
 
 
 def main() -> NoReturn:

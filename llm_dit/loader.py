@@ -6,7 +6,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -247,6 +248,25 @@ def mark_layerwise(model: Any, cast: bool) -> None:
 def was_layerwise(saved: Mapping[str, Any]) -> bool:
     """True if a component's config.json says that it was saved with layerwise casting."""
     return bool(saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}"))
+
+
+@contextmanager
+def passed_without_a_word() -> Iterator[None]:
+    """Keeps diffusers from printing whole modules.
+
+    It cannot check classes of its pipelines' own, as LTX-2's connectors, and says so with the module's text. Those that we pass
+    were built from the class that model_index.json names.
+    """
+    loading = logging.getLogger("diffusers.pipelines.pipeline_loading_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("You have passed a non-standard module")
+
+    loading.addFilter(other)
+    try:
+        yield
+    finally:
+        loading.removeFilter(other)
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ from .loader import (
     PipelineLoader,
     inspect_component,
     models_of,
+    passed_without_a_word,
     quantize_passed_component,
     read_json,
     saved_method,
@@ -163,7 +164,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             with torch.inference_mode(False), torch.no_grad():
                 read = {component.name: component.load(file_device(kwargs)) for component in from_files}
                 kwargs.update({name: model for name, (model, _) in read.items()})
-                pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
+                with passed_without_a_word():
+                    pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
                 loader.close_timer()
                 pipe._report = pipe._finish(loader, request, passed, {name: report for name, (_, report) in read.items()})
         finally:

@@ -178,10 +178,20 @@ def test_wrong_arguments(folder, keywords, message):
 
 
 @pytest.mark.parametrize(
-    "keywords", [{"transformer_file": "x-fp8.safetensors"}, {"quantization": "fp8", "quantization_backend": "checkpoint"}]
+    ("keywords", "message"),
+    [
+        (
+            {"transformer_file": "x-fp8.safetensors"},
+            "there is no file 'x-fp8.safetensors': give a path, or owner/repository/file",
+        ),
+        (
+            {"quantization": "fp8", "quantization_backend": "checkpoint"},
+            "reads a file, and there is none for it: give transformer_file",
+        ),
+    ],
 )
-def test_checkpoints_are_not_yet_read(folder, keywords):
-    with pytest.raises(NotImplementedError, match=r"cannot read official fp8 checkpoints yet.*quantization_transformer="):
+def test_backend_checkpoint_wants_a_file(folder, keywords, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         QuantizableZImagePipeline.from_pretrained(folder, **keywords)
 
 

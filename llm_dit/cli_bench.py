@@ -1,0 +1,94 @@
+"""`llm-dit bench`. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import METHODS_HELP, print_plain
+
+bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True)
+
+
+@bench_app.command()
+def load(
+    geometry: Annotated[str, typer.Option(help="1gb or klein-9b.")] = "1gb",
+    folder: Annotated[Path | None, typer.Option(help="Where the random weights lie; kept between runs.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each case; the fastest counts.")] = 1,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Load time and peak memory: bf16, plain diffusers + TorchAoConfig, llm-dit."""
+    import tempfile
+    from dataclasses import asdict
+
+    from .bench import load as bench
+
+    place = folder or Path(tempfile.gettempdir()) / f"llm-dit-bench-{geometry}"
+    bench.build_folder(place, geometry)
+    print_plain(bench.HEADER)
+    results = []
+    for result in bench.run(place, bench.default_cases(), repeats):
+        results.append(asdict(result))
+        print_plain(bench.row(result))
+        if output:
+            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+@bench_app.command()
+def speed(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}, or layerwise; repeatable; all.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="eager, compile or graph; repeatable; all by default.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="llm-dit, torchao, diffusers, sdnq; repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed against memory and error into a PNG.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed forwards (10); with --end-to-end, denoising steps.")] = None,
+    warmups: Annotated[int, typer.Option(min=1, help="Forwards before the timed ones.")] = 3,
+    fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="A process for every case, or one a geometry.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Whole pipelines, from process start to picture.")] = False,
+    saved: Annotated[str, typer.Option(help="End to end: the folder holds the bf16 or the quantized model.")] = "bf16",
+    folder: Annotated[Path | None, typer.Option(help="End to end: where the pipelines lie; kept between runs.")] = None,
+) -> None:
+    """Time, memory and error of one transformer step, beside stock torchao, diffusers and SDNQ."""
+    from .bench.results import Selection, report
+
+    selection = Selection(*(tuple(names or ()) for names in (geometry, implementation, method, mode)))
+    if end_to_end:
+        from .bench import end_to_end as pipelines
+
+        job = pipelines.plan(selection, saved=saved, folder=folder, steps=steps, timeout_s=timeout)
+    else:
+        from .bench import speed as forwards
+
+        job = forwards.plan(selection, steps=steps or 10, warmups=warmups, fresh=fresh, timeout_s=timeout)
+    report(job, print_plain, output, table, plot, again)
+
+
+@bench_app.command()
+def checkpoint(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the files lie while it runs.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed forwards.")] = 5,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
+) -> None:
+    """An official-layout fp8 file against run-time quantization and layerwise casting."""
+    import tempfile
+
+    from .bench.checkpoint import plan
+    from .bench.results import report
+
+    place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-checkpoint"
+    report(plan(geometry or ["tiny-klein"], place, steps, timeout), print_plain, output, table, None, again)

@@ -1,0 +1,17 @@
+"""What the commands print with. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from rich.console import Console
+
+# Piped output has no width of its own, and 80 columns would break every table.
+console: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+METHODS_HELP: Final = "none, fp8-dynamic, fp8-weight-only, int8 or int4"
+
+
+def print_plain(text: str) -> None:
+    """Prints text as it is: no markup in it, no line broken."""
+    console.print(text, markup=False, soft_wrap=True)
