@@ -1,9 +1,12 @@
 """Relative error of one Linear under each method: its weight, and its output on 64 tokens.
 
     python benchmarks/weight_error.py
+    python benchmarks/weight_error.py --fp8    # of fp8 weights by the scales they have
 
 Random weights of 4096 x 4096 in bfloat16, Gaussian and with heavy tails (Student's t, 4 degrees of freedom); on the CPU.
 """
+
+import sys
 
 import torch
 from torch.distributions import Normal, StudentT
@@ -15,6 +18,19 @@ from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 
 def error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def by_scales() -> None:
+    """fp8 with a scale per row, per tensor and without, for Gaussian weights of several standard deviations."""
+    print("| standard deviation | one scale per row | one scale per tensor | no scale |\n|---|---|---|---|")
+    config = METHODS["fp8-weight-only"].make_config
+    assert config is not None
+    for std in (0.05, 0.02, 0.01, 0.005, 0.002):
+        torch.manual_seed(0)
+        weight = (torch.randn(4096, 4096) * std).to(torch.bfloat16)
+        scaled = [error(quantize_weight(weight, config(grain)).dequantize(), weight) for grain in ("per-row", "per-tensor")]
+        cast = error(weight.clamp(-448, 448).to(torch.float8_e4m3fn).float(), weight)
+        print(f"| {std} | " + " | ".join(f"{cell:.3f}" for cell in (*scaled, cast)) + " |")
 
 
 def main() -> None:
@@ -33,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    by_scales() if "--fp8" in sys.argv[1:] else main()

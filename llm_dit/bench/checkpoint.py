@@ -28,11 +28,11 @@ from .timing import GIB, measure, synchronize
 
 WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "bf16": {},
-    "runtime fp8-dynamic": {"quantization": "fp8-dynamic"},
-    "runtime fp8-weight-only": {"quantization": "fp8-weight-only"},
-    "layerwise": {"quantization": "fp8-weight-only", "quantization_backend": "layerwise"},
     "file fp8-dynamic": {"quantization": "fp8-dynamic", "transformer_file": True},
+    "runtime fp8-dynamic": {"quantization": "fp8-dynamic"},
+    "layerwise": {"quantization": "fp8-weight-only", "quantization_backend": "layerwise"},
     "file fp8-weight-only": {"quantization": "fp8-weight-only", "transformer_file": True},
+    "runtime fp8-weight-only": {"quantization": "fp8-weight-only"},
 }
 """Keyword arguments of `from_pretrained` by what the table calls them; True stands for the converted file."""
 COLUMNS: Final[Columns] = (
