@@ -16,7 +16,7 @@ from torch import nn
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 from ..compiling import compile_component
-from ..quantization import METHODS, get_method, quantize_component
+from ..quantization import METHODS, get_method, quantize_component, set_int4_compute
 from ..quantization.filters import decide_layers
 from ..quantization.torchao_tensors.int4 import GROUP_SIZE
 
@@ -24,12 +24,19 @@ Prepare = Callable[[nn.Module], nn.Module]
 COMPILE_MODES: Final[Mapping[str, str]] = {"compile": "default", "graph": "cuda-graph"}
 """The mode of `compile_component` behind a mode of the benchmark; "eager" has none."""
 MODES: Final = ("eager", *COMPILE_MODES)
-FP8_MATMUL: Final = frozenset({"fp8-dynamic"})
+FP8_MATMUL: Final = frozenset({"fp8-dynamic", "int4-fp8"})
 """Methods whose Linears multiply in fp8, for the floor."""
 
 
 def _ours(method: str, model: nn.Module) -> nn.Module:
     return quantize_component(model, method, "transformer")[0]
+
+
+def _int4_in_fp8(model: nn.Module) -> nn.Module:
+    """int4 weights multiplied in fp8."""
+    model = _ours("int4", model)
+    set_int4_compute(model, "fp8")
+    return model
 
 
 def _stock_torchao(method: str, model: nn.Module) -> nn.Module:
@@ -60,7 +67,7 @@ def _sdnq(model: nn.Module, **options: Any) -> nn.Module:
 _QUANTIZED: Final = tuple(method for method in METHODS if method != "none")
 
 PREPARE: Final[Mapping[str, Mapping[str, Prepare]]] = {
-    "llm-dit": {method: partial(_ours, method) for method in METHODS},
+    "llm-dit": {**{method: partial(_ours, method) for method in METHODS}, "int4-fp8": _int4_in_fp8},
     "torchao": {method: partial(_stock_torchao, method) for method in _QUANTIZED},
     "diffusers": {"layerwise": _layerwise},
     "sdnq": {

@@ -13,6 +13,7 @@ from .detect import quantized_by
 from .estimate import MemoryEstimate, estimate_memory
 from .filters import is_fp8_compatible_layer
 from .hardware import Hardware, check_fp8_support, detect_hardware, get_recommended_method
+from .int4_compute import set_int4_compute
 from .methods import ALIASES, METHODS, REMOVED_METHODS, VALID_METHODS, Method, get_method
 from .pipeline_config import PipelineQuantConfig
 from .report import ComponentReport, QuantizationReport
@@ -44,6 +45,7 @@ __all__ = [
     "quantize_component",
     "quantize_vae",
     "quantized_by",
+    "set_int4_compute",
     "tensor_bytes",
 ]
 

@@ -12,6 +12,10 @@ from .support import HAS_TRITON, power_of_two, runs_kernels, tl, triton
 
 _BLOCK: Final = 2048
 """Packed bytes of a row that one program converts."""
+_LEAST: Final = 5.26631e-36
+"""Floor of a row's largest value: float32's smallest normal number times 448, so that its scale is a normal number."""
+_MOST_GROUPS: Final = 4096
+"""Groups of a row that a program holds in registers for the row's scale."""
 
 
 def dequantize_int4_reference(qdata: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,7 +30,7 @@ def row_scale(scale: Tensor, zero_point: Tensor) -> Tensor:
     """[N, 1] float32: the largest absolute value that a row can stand for, over 448."""
     low, high = zero_point.float(), zero_point.float() + 15 * scale.float()
     largest = torch.maximum(low.abs(), high.abs()).amax(dim=1, keepdim=True)
-    return largest.clamp(min=torch.finfo(torch.float32).tiny * FLOAT8_MAX) / FLOAT8_MAX
+    return largest.clamp(min=_LEAST) / FLOAT8_MAX
 
 
 def dequantize_int4_to_float8_reference(qdata: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor) -> Tensor:
@@ -48,6 +52,7 @@ if HAS_TRITON:
         groups,
         half_group,
         scaled: tl.constexpr,
+        row_groups: tl.constexpr,
         block: tl.constexpr,
     ):
         row = tl.program_id(1).to(tl.int64)
@@ -62,8 +67,14 @@ if HAS_TRITON:
         both = tl.interleave(low, high)
         places = tl.program_id(0) * block * 2 + tl.arange(0, block * 2)
         if scaled:
-            both = both / tl.load(row_scales + row)
-            both = tl.clamp(both, -448.0, 448.0)
+            # The row's scale, as `row_scale` computes it: from all its groups, by every program that has a part of the row.
+            each = tl.arange(0, row_groups)
+            lowest = tl.load(zero_points + row * groups + each, mask=each < groups, other=0.0).to(tl.float32)
+            steps = tl.load(scales + row * groups + each, mask=each < groups, other=0.0).to(tl.float32)
+            largest = tl.max(tl.maximum(tl.abs(lowest), tl.abs(lowest + 15.0 * steps)), axis=0)
+            row_scale = tl.div_rn(tl.maximum(largest, 5.26631e-36), 448.0)
+            tl.store(row_scales + row, row_scale)
+            both = tl.clamp(both / row_scale, -448.0, 448.0)
         tl.store(weights + row * packed * 2 + places, both.to(weights.dtype.element_ty), mask=places < packed * 2)
 
 
@@ -73,7 +84,18 @@ def _launch(qdata: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor | Non
     block = min(_BLOCK, power_of_two(packed))
     grid = (triton.cdiv(packed, block), count)
     _dequantize_int4_kernel[grid](
-        qdata, scale, zero_point, rows, weights, packed, groups, packed // groups, rows is not None, block, num_warps=8
+        qdata,
+        scale,
+        zero_point,
+        rows,
+        weights,
+        packed,
+        groups,
+        packed // groups,
+        rows is not None,
+        power_of_two(groups),
+        block,
+        num_warps=8,
     )
     return weights
 
@@ -106,8 +128,9 @@ def dequantize_int4_to_float8(qdata: Tensor, scale: Tensor, zero_point: Tensor) 
     Returns:
         (weight, row scale): [N, K] float8_e4m3fn and [N, 1] float32.
     """
-    rows = row_scale(scale, zero_point)
-    if not _launchable(qdata, scale, zero_point):
+    if not _launchable(qdata, scale, zero_point) or scale.shape[1] > _MOST_GROUPS:
+        rows = row_scale(scale, zero_point)
         return dequantize_int4_to_float8_reference(qdata, scale, zero_point, rows), rows
+    rows = torch.empty((qdata.shape[0], 1), dtype=torch.float32, device=qdata.device)
     weights = torch.empty((qdata.shape[0], qdata.shape[1] * 2), dtype=torch.float8_e4m3fn, device=qdata.device)
     return _launch(qdata, scale, zero_point, rows, weights), rows

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from ..kernels import dequantize_rows, quantize_rows
+from ..kernels import dequantize_rows
 from .base import aten, pinnable
+from .shared_rows import quantize_shared_rows
 
 ZERO_ROW_BOUND: Final = 1e-12
 """Floor of the absolute maximum behind a scale. torchao's own users settled on it; 1e-12 / 448 is a normal float32."""
@@ -100,9 +101,9 @@ def _(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> Tensor
         return F.linear(activation, dequantize_rows(weight.qdata, weight.scale, activation.dtype), bias)
     if activation.numel() == 0:
         return activation.new_zeros((*activation.shape[:-1], weight.shape[0]))
-    rows, scale = quantize_rows(activation.reshape(-1, activation.shape[-1]), ZERO_ROW_BOUND)
+    rows, scale = quantize_shared_rows(activation, ZERO_ROW_BOUND)
     product = multiply_float8(rows, scale, weight.qdata, weight.scale, bias, activation.dtype)
-    return product.view(*activation.shape[:-1], weight.shape[0])
+    return product.view(*activation.shape[:-1], weight.qdata.shape[0])
 
 
 def multiply_float8(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torchao.core.config import AOBaseConfig
 
-from ..kernels import dequantize_int4
+from ..kernels import dequantize_int4, dequantize_int4_to_float8
 from .base import DequantizedWeight, aten, run_dequantized, serializable
+from .fused import ZERO_ROW_BOUND, multiply_float8, operands
+from .shared_rows import quantize_shared_rows
 from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
 GROUP_SIZE = 128
@@ -42,21 +44,40 @@ class Int4GroupTensor(DequantizedWeight):
     Non-tensor attributes:
         group_size: G.
         dtype: dtype of the weight that was quantized.
+        fp8_compute: multiply in float8 on the tensor cores; see `llm_dit.quantization.set_int4_compute`.
     """
 
     tensor_data_names = ["qdata", "scale", "zero_point"]
     tensor_attribute_names = ["group_size", "dtype"]
+    optional_tensor_attribute_names = ["fp8_compute"]
 
-    def __new__(cls, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> Int4GroupTensor:
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        fp8_compute: bool = False,
+    ) -> Int4GroupTensor:
         shape = (qdata.shape[0], qdata.shape[1] * 2)
         return torch.Tensor._make_wrapper_subclass(cls, shape, device=qdata.device, dtype=dtype, requires_grad=False)
 
-    def __init__(self, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        fp8_compute: bool = False,
+    ) -> None:
         super().__init__()
         self.qdata = qdata
         self.scale = scale
         self.zero_point = zero_point
         self.group_size = group_size
+        self.fp8_compute = fp8_compute
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[N, K] in `dtype`; see `dequantize_int4`."""
@@ -93,4 +114,10 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
 @Int4GroupTensor.implements(aten.linear.default)
 @Int4GroupTensor.implements_torch_function(torch.nn.functional.linear)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    return run_dequantized(func, args, kwargs)
+    activation, weight, bias = operands(args, kwargs)
+    if not weight.fp8_compute or activation.numel() == 0:
+        return run_dequantized(func, args, kwargs)
+    rows, scale = quantize_shared_rows(activation, ZERO_ROW_BOUND)
+    qdata, weight_scale = dequantize_int4_to_float8(weight.qdata, weight.scale, weight.zero_point)
+    product = multiply_float8(rows, scale, qdata, weight_scale, bias, activation.dtype)
+    return product.view(*activation.shape[:-1], qdata.shape[0])

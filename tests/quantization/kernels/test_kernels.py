@@ -106,7 +106,7 @@ SIGNATURES = {
             "row_scales": "*fp32",
             "weights": "*bf16",
         },
-        {"scaled": False, "block": 2048},
+        {"scaled": True, "row_groups": 32, "block": 2048},
     ),
 }
 
