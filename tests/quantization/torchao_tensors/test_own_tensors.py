@@ -160,9 +160,7 @@ def test_int4_multiplied_in_fp8():
     from llm_dit.quantization import quantize_component, set_int4_compute
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 64, dtype=torch.bfloat16), nn.Linear(128, 24, dtype=torch.bfloat16)).requires_grad_(
-        False
-    )
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(128, 24)).to(torch.bfloat16).requires_grad_(False)
     dense = copy.deepcopy(model[0])
     inputs = torch.randn(2, 5, 256, dtype=torch.bfloat16)
     quantize_component(model, "int4", "transformer")
