@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .backends.checkpoint import load_planned, require_kept_support
 from .building import build_empty, component_class
 from .checkpoints.header import read_header
 from .checkpoints.layout import Layout, read_layout
+from .checkpoints.names import Part
 from .checkpoints.plan import Plan, Wanted, plan_component
 from .checkpoints.recognize import recognize
 from .families.base import Family
@@ -87,6 +88,7 @@ def plan_files(
         layout = read_layout(read_header(resolve_file(file, hub)))
         _check_kind(layout, asked, family)
         others = [name for name in parts if name != asked and parts[name].prefixes[-1] and parts[name].select(layout)]
+        _check_all_selected(layout, [parts[name] for name in (asked, *others) if name in parts])
         for name in (asked, *others):
             entry = index.get(name)
             if name in passed or name in planned or name not in roles or not isinstance(entry, list) or entry[0] is None:
@@ -114,14 +116,27 @@ def _check_kind(layout: Layout, component: str, family: Family) -> None:
         )
 
 
+def _check_all_selected(layout: Layout, parts: Sequence[Part]) -> None:
+    """Raises ValueError for a scaled weight that belongs to no component: its scale would land nowhere."""
+    selected = {key for part in parts for key in part.select(layout).values()}
+    lost = [key for key, weight in layout.fp8.items() if weight.scale and key not in selected]
+    if lost:
+        raise ValueError(f"{layout.header.path}: the scaled fp8 weight {lost[0]!r} belongs to no component that is read from it")
+
+
 def _wanted(
     layout: Layout, request: LoadRequest, name: str, role: str, component: ComponentRequest | None, asked: bool
 ) -> Wanted:
     """What to make of a component: what was asked for or, where nothing was, the file's fp8 as it is."""
     method = component.method if component else METHODS["none"]
-    if component is None and asked and layout.fp8:
+    if component is None and asked and layout.fp8 and not {name, role} & request.named:
         method = get_method(DEFAULT_METHODS[role])
-    static = request.activation_scale == "static" and asked and method.name == "fp8-dynamic"
+    static = request.activation_scale == "static" and asked and role == "transformer"
+    if static and method.name != "fp8-dynamic":
+        raise ValueError(
+            f"activation_scale='static' is for fp8-dynamic, which quantizes activations, and the {name} is to be {method.name}: "
+            "use fp8-dynamic, or leave activation_scale at 'dynamic'"
+        )
     return Wanted(method, role, request.granularity, request.skip, request.dtype_of(name), static)
 
 

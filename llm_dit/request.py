@@ -45,7 +45,8 @@ class LoadRequest:
         granularity: of the fp8 methods.
         skip: name patterns left alone in every component.
         backends: by role or component name, the backend; "" is the default.
-        asked: the roles and components that keyword arguments name, which the pipeline must have.
+        asked: the roles and components that keyword arguments want quantized, which the pipeline must have.
+        named: those that keyword arguments name at all, "none" included.
         dtypes: by component name, the dtype to load in; "default" is every other's. Empty: diffusers decides.
         files: by component name, the checkpoint file that it is read from.
         activation_scale: "dynamic", or "static" for the scales of such a file.
@@ -58,6 +59,7 @@ class LoadRequest:
     skip: tuple[str, ...] = ()
     backends: Mapping[str, str] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
+    named: frozenset[str] = frozenset()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     activation_scale: str = "dynamic"
@@ -99,6 +101,7 @@ class LoadRequest:
             skip=tuple(skip),
             backends=backends,
             asked=frozenset(name for name, method in given.items() if method != "none"),
+            named=frozenset(given),
             files=files,
             activation_scale=options.activation_scale,
             compile=section.compile if options.compile is None else options.compile,

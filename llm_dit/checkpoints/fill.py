@@ -12,6 +12,7 @@ from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwarg
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..quantization.probe import raw_finite
 from ..quantization.torchao_tensors.fused import ZERO_ROW_BOUND, as_fused
 from ..quantization.torchao_tensors.staging import drain_staging, move_to_gpu
 from ..quantization.torchao_tensors.static import StaticFloat8Tensor
@@ -49,6 +50,9 @@ def _float8(plan: Plan, name: str, found: tuple[Piece, ...], file: Any, device: 
     """The file's fp8 rows as a weight: their bytes and scales are the file's."""
     wanted = plan.wanted
     qdata = _placed(_joined([_rows(file, piece) for piece in found]), device)
+    if not raw_finite(qdata):
+        keys = ", ".join(repr(piece.key) for piece in found)
+        raise ValueError(f"{plan.layout.header.path}: {keys} holds NaN, from which every picture would be black")
     scale = torch.cat([_row_scales(plan, piece) for piece in found]).to(device)
     rows, columns = qdata.shape
     dynamic = wanted.method.name == "fp8-dynamic" and not full_precision(plan, name)

@@ -116,7 +116,7 @@ def read_header(path: str | Path) -> Header:
             raise ValueError(f"{file} is not a safetensors file, or is cut short")
         text = stream.read(length)
     try:
-        raw = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, file))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(raw, dict):

@@ -141,10 +141,11 @@ def _companions(header: Header) -> _Companions:
     found = _Companions()
     for key in header.tensors:
         layer, _, name = key.rpartition(".")
-        if name in WEIGHT_SCALES:
-            found.weight_scales[layer] = key
-        elif name in INPUT_SCALES:
-            found.input_scales[layer] = key
+        if name in WEIGHT_SCALES or name in INPUT_SCALES:
+            scales = found.weight_scales if name in WEIGHT_SCALES else found.input_scales
+            if layer in scales:
+                raise ValueError(f"{header.path} holds both {scales[layer]!r} and {key!r}, two names of one scale")
+            scales[layer] = key
         elif name == FORMAT_TENSOR:
             found.formats[layer] = _format(header, key)
             found.ignored.append(key)
@@ -182,7 +183,7 @@ def _parsed(header: Header, key: str, text: str | bytes) -> dict[str, Any]:
 def _refuse_unsupported(header: Header, weights: Mapping[str, TensorEntry], companions: _Companions) -> None:
     for layer, told in companions.formats.items():
         name = told.get("format")
-        if name not in _FORMATS:
+        if not isinstance(name, str) or name not in _FORMATS:
             raise ValueError(_unsupported(header, layer, str(name)))
     for key, entry in weights.items():
         if key.endswith((".weight_scale_2", ".weight_scale_inv")):

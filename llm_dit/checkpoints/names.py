@@ -105,7 +105,7 @@ def map_names(model: nn.Module, layout: Layout, part: Part) -> dict[str, tuple[P
     sources = list(selected.values())
     converter = SINGLE_FILE_LOADABLE_CLASSES.get(_single_file_class(model), {}).get("checkpoint_mapping_fn")
     if part.convert and converter is not None and not expected <= probes.keys():
-        probes = _converted(converter, probes, model, layout)
+        probes = _converted(converter, probes, model, layout, selected)
     return {name: _pieces(probe, sources) for name, probe in probes.items()}
 
 
@@ -125,13 +125,18 @@ def _probe(index: int, shape: tuple[int, ...]) -> Tensor:
     return numbers.reshape(rows, *[1] * (len(shape) - 1)) if shape else numbers.reshape(())
 
 
-def _converted(converter: Any, probes: dict[str, Tensor], model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+def _converted(
+    converter: Any, probes: dict[str, Tensor], model: nn.Module, layout: Layout, selected: Mapping[str, str]
+) -> dict[str, Tensor]:
     config = dict(getattr(model, "config", {}))
     try:
         return converter(checkpoint=dict(probes), config=config)
     except Exception as error:  # whatever a converter stumbles over in names that it does not know
+        word = str(error).strip("'\"")
+        named = [key for name, key in selected.items() if word and word in name]
+        where = f", probably {named[0]!r}" if named else ""
         raise ValueError(
-            f"{layout.header.path} is no checkpoint of a {type(model).__name__}: its names cannot be converted "
+            f"{layout.header.path} is no checkpoint of a {type(model).__name__}: its names cannot be converted{where} "
             f"({type(error).__name__}: {error})"
         ) from error
 

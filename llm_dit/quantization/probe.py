@@ -33,7 +33,7 @@ def probe_finite(model: nn.Module) -> None:
                 _, least = smallest.get(type(weight), ("", None))
                 if isinstance(module, nn.Linear) and (least is None or weight.numel() < least.weight.numel()):
                     smallest[type(weight)] = (name, module)
-            elif weight.dtype in FP8_DTYPES and not _raw_finite(weight):
+            elif weight.dtype in FP8_DTYPES and not raw_finite(weight):
                 bad.append(name)
         bad += [name for name, module in smallest.values() if name not in bad and not _runs_finite(module)]
     if bad:
@@ -44,7 +44,7 @@ def probe_finite(model: nn.Module) -> None:
         )
 
 
-def _raw_finite(weight: Tensor) -> bool:
+def raw_finite(weight: Tensor) -> bool:
     """True unless the float8 weight holds NaN or, in e5m2, infinity; read in chunks, from the bits."""
     limit = 0x7E if weight.dtype == torch.float8_e4m3fn else 0x7B
     bits = weight.view(torch.uint8)

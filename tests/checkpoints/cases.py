@@ -4,8 +4,8 @@ The tiny pipelines have random weights, and their blocks add as much to the stre
 layer grows in the next: the rounding of e4m3 alone moves one forward of their transformers by .009 (FLUX.2 klein) to .08
 (Z-Image) of its norm, whoever loads the file. In trained models the stream is much larger than what one block adds. `folder`
 makes the tiny ones alike: what embeds pictures and prompts into the stream is 4 to 32 times as large, the least that will do,
-and nothing else is changed. Every block normalizes what it reads, so none computes on other magnitudes than before, and every
-one is still heard: `test_load.py` checks that a block with its rows in the wrong order moves the output by more than the bound.
+and nothing else is changed. Every block normalizes what it reads, so none computes on other magnitudes than before, and
+every one is still heard: `test_loading.py` checks that a block with its rows out of order moves the output by more than that.
 """
 
 from __future__ import annotations

@@ -165,6 +165,15 @@ def test_a_header_that_is_no_object(header, tmp_path, refuses):
     refuses(file, "not a safetensors file")
 
 
+def test_a_header_behind_a_byte_order_mark(copy, refuses):
+    """Python reads it, safetensors does not."""
+    file = copy()
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    file.write_bytes(struct.pack("<Q", length + 3) + b"\xef\xbb\xbf" + content[8:])
+    refuses(file, "not a safetensors file")
+
+
 @pytest.mark.parametrize("metadata", [[], "text", {"a": 1}, {"a": None}, {"a": {}}])
 def test_metadata_of_another_kind(metadata, copy, refuses):
     refuses(with_header(copy(), lambda header: header.update(__metadata__=metadata)), "__metadata__")
