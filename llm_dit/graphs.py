@@ -74,6 +74,15 @@ class GraphedForward:
         self._graphs.move_to_end(signature)
         return self._graphs[signature].replay([leaf for leaf in leaves if torch.is_tensor(leaf)])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no graphs: a graph belongs to the addresses of one model."""
+        return {"_model": self._model, "_forward": self._forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._graphs, self._seen, self._refused = OrderedDict(), set(), set()
+        self._fingerprint = self._pool = None
+
     def drop(self) -> None:
         """Frees all graphs; the next calls capture anew."""
         self._graphs.clear()
