@@ -43,10 +43,12 @@ def build_empty(
         component: its name there.
     """
     with default_dtype(dtype), init_empty_weights(include_buffers=False):
-        if issubclass(cls, transformers.PreTrainedModel):
-            loaded = transformers.AutoConfig.from_pretrained(source, subfolder=component, **hub)
-            if hasattr(loaded, "quantization_config"):
-                del loaded.quantization_config
-            return cls._from_config(loaded, dtype=dtype).eval()
-        plain = {key: value for key, value in config.items() if key != "quantization_config"}
-        return cls.from_config(plain).eval()
+        if not issubclass(cls, transformers.PreTrainedModel):
+            plain = {key: value for key, value in config.items() if key != "quantization_config"}
+            return cls.from_config(plain).eval()
+        loaded = transformers.AutoConfig.from_pretrained(source, subfolder=component, **hub)
+        if hasattr(loaded, "quantization_config"):
+            del loaded.quantization_config
+        model = cls._from_config(loaded, dtype=dtype).eval()
+    model.tie_weights()  # inside, every parameter is registered as one of its own
+    return model
