@@ -13,6 +13,9 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
+_SAVED_QUANTIZED = ("quantization_config", "llm_dit_layerwise", "_llm_dit_layerwise")
+"""Keys of a config.json that say how the folder's weights were saved, which are not read here."""
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -44,11 +47,12 @@ def build_empty(
     """
     with default_dtype(dtype), init_empty_weights(include_buffers=False):
         if not issubclass(cls, transformers.PreTrainedModel):
-            plain = {key: value for key, value in config.items() if key != "quantization_config"}
+            plain = {key: value for key, value in config.items() if key not in _SAVED_QUANTIZED}
             return cls.from_config(plain).eval()
         loaded = transformers.AutoConfig.from_pretrained(source, subfolder=component, **hub)
-        if hasattr(loaded, "quantization_config"):
-            del loaded.quantization_config
+        for key in _SAVED_QUANTIZED:
+            if hasattr(loaded, key):
+                delattr(loaded, key)
         model = cls._from_config(loaded, dtype=dtype).eval()
     model.tie_weights()  # inside, every parameter is registered as one of its own
     return model

@@ -153,7 +153,9 @@ def resolve_file(name: str, hub: Mapping[str, Any]) -> Path:
     if path.is_absolute() or len(words) < 3 or words[0] in (".", "..", "~"):
         raise FileNotFoundError(f"there is no file {name!r}: give a path, or owner/repository/file.safetensors on the Hub")
     try:
-        return Path(hf_hub_download("/".join(words[:2]), "/".join(words[2:]), **hub))
+        # A revision is one of the pipeline's repository, and the file may be in another.
+        keywords = {key: value for key, value in hub.items() if key != "revision"}
+        return Path(hf_hub_download("/".join(words[:2]), "/".join(words[2:]), **keywords))
     except Exception as error:  # offline, no such repository, no such file, no access: the Hub's many errors
         raise FileNotFoundError(
             f"{name!r} is neither a local file nor one that the Hub gives: {str(error).splitlines()[0] or type(error).__name__}"

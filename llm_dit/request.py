@@ -86,7 +86,7 @@ class LoadRequest:
         backends = _backends(options.quantization_backend, base.backend, components)
         _check_files(options, files, backends)
         granularity = options.quantization_granularity or base.granularity
-        if options.quantization_backend is not None and all(method == "none" for method in methods.values()):
+        if options.quantization_backend is not None and not files and all(method == "none" for method in methods.values()):
             raise ValueError(
                 f"quantization_backend={options.quantization_backend!r} has nothing to quantize: give a method as well, e.g. "
                 "quantization='fp8-weight-only'"

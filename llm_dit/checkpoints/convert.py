@@ -159,17 +159,19 @@ def _planned(entries: Mapping[str, TensorEntry], family: Any, style: Style) -> d
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in entries)), "")
     parts: dict[str, list[tuple[int, str, bool]]] = {}
     inside = [name for name in entries if name.startswith(prefix)]
+    # Beside other components the transformer keeps its prefix, which tells it from them.
+    written = style.prefix or (prefix if len(inside) < len(entries) else "")
     diffusers_names = not prefix and _has_diffusers_names(inside, family)
     for name in inside:
         official = family.official_name(name) if diffusers_names else OfficialName(name.removeprefix(prefix))
-        parts.setdefault(style.prefix + official.name, []).append((official.place, name, official.swapped))
+        parts.setdefault(written + official.name, []).append((official.place, name, official.swapped))
     tensors = {}
     for name, found in parts.items():
         found.sort()
         first = entries[found[0][1]]
         rows = sum(entries[source].shape[0] for _, source, _ in found) if first.shape else 0
         shape = (rows, *first.shape[1:]) if first.shape else ()
-        tensors[name] = _Tensor([source for _, source, _ in found], found[0][2], False, shape)
+        tensors[name] = _Tensor([source for _, source, _ in found], found[0][2], False, shape, _written_dtype(first.dtype))
     blocks = _block_counts(tensors)
     for name, tensor in tensors.items():
         tensor.fp8 = _goes_to_fp8(name, tensor.shape, blocks, family.bf16_blocks)
@@ -177,6 +179,11 @@ def _planned(entries: Mapping[str, TensorEntry], family: Any, style: Style) -> d
         name: _Tensor([name], shape=entries[name].shape, dtype=entries[name].dtype) for name in entries if name not in inside
     }
     return {**tensors, **others}
+
+
+def _written_dtype(dtype: str) -> str:
+    """Floats are written in bf16, the rest as it is."""
+    return "BF16" if dtype in ("F16", "F32") else dtype
 
 
 def _has_diffusers_names(names: Sequence[str], family: Any) -> bool:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..quantization.probe import raw_finite
-from ..quantization.torchao_tensors.fused import ZERO_ROW_BOUND, as_fused
+from ..quantization.torchao_tensors.fused import as_fused, zero_row_bound
 from ..quantization.torchao_tensors.staging import drain_staging, move_to_gpu
 from ..quantization.torchao_tensors.static import StaticFloat8Tensor
 from ..quantization.torchao_tensors.stream import quantize_weight
@@ -63,7 +63,7 @@ def _float8(plan: Plan, name: str, found: tuple[Piece, ...], file: Any, device: 
     one_scale = wanted.granularity == "per-tensor" and (rows, columns) != (128, 128) and bool((scale == scale[0]).all())
     mm_config = Float8MMConfig(use_fast_accum=True) if dynamic else None
     activation = QuantizeTensorToFloat8Kwargs(
-        granularity=PerTensor() if one_scale else PerRow(), mm_config=mm_config, hp_value_lb=ZERO_ROW_BOUND
+        granularity=PerTensor() if one_scale else PerRow(), mm_config=mm_config, hp_value_lb=zero_row_bound(wanted.dtype)
     )
     return as_fused(
         Float8Tensor(

@@ -108,11 +108,11 @@ def read_header(path: str | Path) -> Header:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        for magic, what in _MAGIC.items():
-            if start.startswith(magic):
-                raise ValueError(f"{file} {what}")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - 8):
+            for magic, what in _MAGIC.items():  # afterwards, for a header's length may begin with the same bytes
+                if start.startswith(magic):
+                    raise ValueError(f"{file} {what}")
             raise ValueError(f"{file} is not a safetensors file, or is cut short")
         text = stream.read(length)
     try:

@@ -149,7 +149,7 @@ def _companions(header: Header) -> _Companions:
         elif name == FORMAT_TENSOR:
             found.formats[layer] = _format(header, key)
             found.ignored.append(key)
-        elif name in (MARKER, *_BLOB_NAMES):
+        elif name in (MARKER, *_BLOB_NAMES) or (name.startswith("__") and name.endswith("__")):
             found.ignored.append(key)
     for layer, told in _metadata_layers(header).items():
         found.formats.setdefault(layer, told)

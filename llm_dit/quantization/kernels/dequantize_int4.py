@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .quantize_rows import FLOAT8_MAX
-from .support import HAS_TRITON, power_of_two, runs_kernels, tl, triton
+from .support import HAS_TRITON, on_device, power_of_two, runs_kernels, tl, triton
 
 _BLOCK: Final = 2048
 """Packed bytes of a row that one program converts."""
@@ -83,20 +83,21 @@ def _launch(qdata: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor | Non
     groups = scale.shape[1]
     block = min(_BLOCK, power_of_two(packed))
     grid = (triton.cdiv(packed, block), count)
-    _dequantize_int4_kernel[grid](
-        qdata,
-        scale,
-        zero_point,
-        rows,
-        weights,
-        packed,
-        groups,
-        packed // groups,
-        rows is not None,
-        power_of_two(groups),
-        block,
-        num_warps=8,
-    )
+    with on_device(qdata):
+        _dequantize_int4_kernel[grid](
+            qdata,
+            scale,
+            zero_point,
+            rows,
+            weights,
+            packed,
+            groups,
+            packed // groups,
+            rows is not None,
+            power_of_two(groups),
+            block,
+            num_warps=8,
+        )
     return weights
 
 

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .support import HAS_TRITON, runs_kernels, tl, triton
+from .support import HAS_TRITON, on_device, runs_kernels, tl, triton
 
 _BLOCK: Final = 4096
 """Elements of a row that one program converts: 16 bytes a load and thread with 8 warps."""
@@ -48,5 +48,6 @@ def dequantize_rows(quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Ten
     weights = torch.empty((count, columns), dtype=dtype, device=quantized.device)
     stride = scale.stride(0) if scale.shape[0] > 1 else 0
     grid = (triton.cdiv(columns, _BLOCK), count)
-    _dequantize_rows_kernel[grid](quantized, scale, weights, columns, stride, _BLOCK, num_warps=8)
+    with on_device(quantized):
+        _dequantize_rows_kernel[grid](quantized, scale, weights, columns, stride, _BLOCK, num_warps=8)
     return weights

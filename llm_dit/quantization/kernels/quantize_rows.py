@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .support import HAS_TRITON, power_of_two, runs_kernels, tl, triton
+from .support import HAS_TRITON, on_device, power_of_two, runs_kernels, tl, triton
 
 FLOAT8_MAX: Final = torch.finfo(torch.float8_e4m3fn).max
 LARGEST_ROW: Final = 65536
@@ -62,7 +62,7 @@ def quantize_rows(rows: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     quantized = torch.empty((count, columns), dtype=torch.float8_e4m3fn, device=rows.device)
     scales = torch.empty((count, 1), dtype=torch.float32, device=rows.device)
     block = power_of_two(columns)
-    _quantize_rows_kernel[(count,)](
-        rows, quantized, scales, rows.stride(0), columns, bound, block, num_warps=min(16, max(1, block // 1024))
-    )
+    warps = min(16, max(1, block // 1024))
+    with on_device(rows):
+        _quantize_rows_kernel[(count,)](rows, quantized, scales, rows.stride(0), columns, bound, block, num_warps=warps)
     return quantized, scales

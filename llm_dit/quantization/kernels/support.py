@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -39,9 +40,14 @@ def runs_kernels(tensor: Tensor) -> bool:
     return INTERPRETED
 
 
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, and a tensor may be on another."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def power_of_two(count: int) -> int:
     """The smallest power of two that is not below `count`; Triton's block sizes are such."""
     return 1 << (count - 1).bit_length()
 
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "power_of_two", "runs_kernels", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "on_device", "power_of_two", "runs_kernels", "tl", "triton"]

@@ -16,11 +16,9 @@ from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-from .fused import ZERO_ROW_BOUND, as_fused
+from .fused import ZERO_ROW_BOUND, as_fused, zero_row_bound
 from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
-_HALF_BOUND = 2.0**-14
-"""The same floor in float16: its smallest normal number, because torchao clamps in the dtype of the input."""
 _MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -58,7 +56,7 @@ def quantize_float8(weight: Tensor, config: AOBaseConfig, target: torch.device, 
     require_finite(scale)
     activation = None
     if config.dynamic:
-        bound = _HALF_BOUND if weight.dtype == torch.float16 else ZERO_ROW_BOUND
+        bound = zero_row_bound(weight.dtype)
         activation = QuantizeTensorToFloat8Kwargs(
             granularity=PerRow() if per_row else PerTensor(),
             mm_config=Float8MMConfig(use_fast_accum=True),

@@ -24,6 +24,15 @@ ZERO_ROW_BOUND: Final = 1e-12
 """Floor of the absolute maximum behind a scale. torchao's own users settled on it; 1e-12 / 448 is a normal float32."""
 
 
+_HALF_BOUND: Final = 2.0**-14
+"""The same floor in float16: its smallest normal number, because torchao clamps in the dtype of the input."""
+
+
+def zero_row_bound(dtype: torch.dtype) -> float:
+    """The floor for activations of that dtype."""
+    return _HALF_BOUND if dtype == torch.float16 else ZERO_ROW_BOUND
+
+
 @pinnable
 class FusedFloat8Tensor(Float8Tensor):
     """A float8 weight [N, K] with one scale per row; attributes as in `Float8Tensor`.
