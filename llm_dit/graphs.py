@@ -51,6 +51,9 @@ class GraphedForward:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._forward: Callable[..., Any] = model.forward
+        self._start_empty()
+
+    def _start_empty(self) -> None:
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._seen: set[Hashable] = set()
         self._refused: set[Hashable] = set()
@@ -80,8 +83,7 @@ class GraphedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._graphs, self._seen, self._refused = OrderedDict(), set(), set()
-        self._fingerprint = self._pool = None
+        self._start_empty()
 
     def drop(self) -> None:
         """Frees all graphs; the next calls capture anew."""

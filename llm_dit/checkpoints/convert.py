@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..names import check_name
+from ..quantization.kernels.quantize_rows import FLOAT8_MAX
 from ..quantization.torchao_tensors.staging import drain_staging
 from ..quantization.torchao_tensors.stream import fetch, row_chunks, store
 from .header import ITEM_BYTES, Header, TensorEntry, read_header
@@ -30,7 +31,6 @@ from .layout import FORMAT_TENSOR, METADATA_KEY, PREFIXES
 from .names import OfficialName
 from .recognize import recognize
 
-FLOAT8_MAX: Final = torch.finfo(torch.float8_e4m3fn).max
 _FORMAT: Final = {"format": "float8_e4m3fn"}
 _BLOCK = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))})?(\w*(?:blocks|layers|refiner))\.(\d+)\.")
 """Repeated blocks of the transformer itself, not those of LTX-2's connectors, which stand deeper."""
