@@ -69,9 +69,14 @@ def check_source(pipeline: str, family: str, index: Mapping[str, Any]) -> None:
 
 
 def check_device(device_map: Any) -> None:
-    """Raises ValueError if `device_map` names a CUDA device and there is none."""
+    """Raises ValueError if `device_map` names a CUDA device and there is none, or one by its number, which diffusers refuses."""
     if str(device_map).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r}, and there is no CUDA device: leave device_map out to load on the CPU")
+    if str(device_map).startswith("cuda:"):
+        raise ValueError(
+            f"device_map={device_map!r}, and diffusers takes 'cuda', 'cpu' or 'balanced': give 'cuda', or leave it out and call "
+            f".to({str(device_map)!r})"
+        )
 
 
 def file_device(kwargs: Mapping[str, Any]) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def compile_component(model: Any, mode: str) -> None:
     torch_mode = "default" if mode == GRAPH_MODE else mode
     if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks(mode=torch_mode)
+        if mode == GRAPH_MODE:
+            graph_forward(model)
+    elif mode == GRAPH_MODE:  # the capture must stand around what is compiled, and `compile` stands around `forward`
+        graph_forward(model, MethodType(torch.compile(type(model).forward, mode=torch_mode), model))
     else:
         model.compile(mode=torch_mode)
-    if mode == GRAPH_MODE:
-        graph_forward(model)

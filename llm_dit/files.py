@@ -18,7 +18,7 @@ from .building import build_empty, component_class
 from .checkpoints.header import read_header
 from .checkpoints.layout import Layout, read_layout
 from .checkpoints.names import Part
-from .checkpoints.plan import Plan, Wanted, plan_component
+from .checkpoints.plan import PartsMissingError, Plan, Wanted, plan_component
 from .checkpoints.recognize import recognize
 from .families.base import Family
 from .loader import component_report, read_json
@@ -83,8 +83,6 @@ def plan_files(
     parts = family.parts
     planned: dict[str, FileComponent] = {}
     for asked, file in request.files.items():
-        if asked in passed:
-            raise ValueError(f"{asked} was passed and {asked.split('_')[-1]}_file names a file for it: give one of the two")
         layout = read_layout(read_header(resolve_file(file, hub)))
         _check_kind(layout, asked, family)
         others = [name for name in parts if name != asked and parts[name].prefixes[-1] and parts[name].select(layout)]
@@ -100,7 +98,13 @@ def plan_files(
             config = read_json(source, f"{name}/config.json", hub)
             model = build_empty(component_class(*entry), config, source, name, request.dtype_of(name), hub)
             wanted = _wanted(layout, request, name, roles[name], wanted_of(name, roles[name]), asked=name == asked)
-            plan = plan_component(model, layout, part, wanted)
+            try:
+                plan = plan_component(model, layout, part, wanted)
+            except PartsMissingError as error:
+                if name == asked or asked not in planned:
+                    raise ValueError(str(error)) from None
+                planned[asked].plan.notes.append(f"its {name} are not read, and come from the folder: {error}")
+                continue
             require_kept_support(plan)
             planned[name] = FileComponent(name, model, plan, started)
     return list(planned.values())
@@ -127,17 +131,23 @@ def _check_all_selected(layout: Layout, parts: Sequence[Part]) -> None:
 def _wanted(
     layout: Layout, request: LoadRequest, name: str, role: str, component: ComponentRequest | None, asked: bool
 ) -> Wanted:
-    """What to make of a component: what was asked for or, where nothing was, the file's fp8 as it is."""
+    """What to make of a component: what was asked for or, where nothing was, the file's fp8 as it is.
+
+    A hook that returns None where something was asked for wants the component unquantized.
+    """
     method = component.method if component else METHODS["none"]
-    if component is None and asked and layout.fp8 and not {name, role} & request.named:
+    unsaid = component is None and request.component(name, role) is None and not {name, role} & request.named
+    if unsaid and asked and layout.fp8:
         method = get_method(DEFAULT_METHODS[role])
+    if component is None:
+        component = ComponentRequest(name, role, method, request.granularity, request.skip, request.dtype_of(name))
     static = request.activation_scale == "static" and asked and role == "transformer"
     if static and method.name != "fp8-dynamic":
         raise ValueError(
             f"activation_scale='static' is for fp8-dynamic, which quantizes activations, and the {name} is to be {method.name}: "
             "use fp8-dynamic, or leave activation_scale at 'dynamic'"
         )
-    return Wanted(method, role, request.granularity, request.skip, request.dtype_of(name), static)
+    return Wanted(method, role, component.granularity, component.skip, component.dtype, static)
 
 
 def resolve_file(name: str, hub: Mapping[str, Any]) -> Path:

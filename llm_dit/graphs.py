@@ -13,6 +13,7 @@ cannot be right, the model runs as it is: with gradients, on the CPU, offloaded,
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -48,9 +49,13 @@ class _Captured:
 class GraphedForward:
     """Stands in the place of `model.forward`; see the module."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._forward: Callable[..., Any] = model.forward
+    def __init__(self, model: nn.Module, function: Callable[..., Any] | None = None) -> None:
+        self._start(model, function or model.__dict__.get("forward"))
+
+    def _start(self, model: nn.Module, function: Callable[..., Any] | None) -> None:
+        # Held weakly, because the model holds this: the graphs' memory is to go when its last user does, not at a collection.
+        self._model = weakref.ref(model)
+        self._function = function
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -62,10 +67,11 @@ class GraphedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
-        signature = None if self._must_run_eagerly(leaves) else _signature(leaves, spec)
+        model = self._living()
+        signature = None if _must_run_eagerly(model, leaves) else _signature(leaves, spec)
         if signature is None or signature in self._refused:
             return self._forward(*args, **kwargs)
-        fingerprint = _fingerprint(self._model)
+        fingerprint = _fingerprint(model)
         if fingerprint != self._fingerprint:
             self.drop()
             self._fingerprint = fingerprint
@@ -79,11 +85,10 @@ class GraphedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no graphs: a graph belongs to the addresses of one model."""
-        return {"_model": self._model, "_forward": self._forward}
+        return {"model": self._living(), "function": self._function}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start_empty()
+        self._start(state["model"], state["function"])
 
     def drop(self) -> None:
         """Frees all graphs; the next calls capture anew."""
@@ -97,17 +102,15 @@ class GraphedForward:
         """How many graphs are held."""
         return len(self._graphs)
 
-    def _must_run_eagerly(self, leaves: list[Any]) -> bool:
-        tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
-        return (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not tensors
-            or not all(tensor.is_cuda for tensor in tensors)
-            or hasattr(self._model, "_hf_hook")
-            or bool(getattr(self._model, "is_cache_enabled", False))
-            or torch.cuda.is_current_stream_capturing()
-        )
+    def _living(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("this forward was taken from a model that no longer exists: call the model")
+        return model
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._living()
+        return self._function(*args, **kwargs) if self._function else type(model).forward(model, *args, **kwargs)
 
     def _capture(self, signature: Hashable, leaves: list[Any], spec: Any) -> bool:
         own = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
@@ -122,7 +125,7 @@ class GraphedForward:
         except RuntimeError as error:
             logger.warning(
                 "%s cannot be captured in a CUDA graph and runs without one: %s",
-                type(self._model).__name__,
+                type(self._living()).__name__,
                 str(error).splitlines()[0],
             )
             self._refused.add(signature)
@@ -133,13 +136,42 @@ class GraphedForward:
         return True
 
 
-def graph_forward(model: nn.Module) -> GraphedForward:
-    """Makes `model` capture and replay its forward; returns what stands in its place, whose `drop()` frees the graphs."""
+def graph_forward(model: nn.Module, function: Callable[..., Any] | None = None) -> GraphedForward:
+    """Makes `model` capture and replay its forward.
+
+    Args:
+        function: what runs instead of the model's forward, e.g. that compiled.
+
+    Returns:
+        What stands in the forward's place; its `drop()` frees the graphs.
+    """
     if isinstance(model.forward, GraphedForward):
         return model.forward
-    graphed = GraphedForward(model)
+    graphed = GraphedForward(model, function)
     model.forward = graphed
     return graphed
+
+
+def _must_run_eagerly(model: nn.Module, leaves: list[Any]) -> bool:
+    tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not tensors
+        or not all(tensor.is_cuda for tensor in tensors)
+        or bool(getattr(model, "is_cache_enabled", False))
+        or _is_hooked(model)
+        or torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """True if accelerate or diffusers acts around a forward: offloading, layerwise casting, caches."""
+    for module in model.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        if "_hf_hook" in module.__dict__ or (registry is not None and registry.hooks):
+            return True
+    return False
 
 
 def _signature(leaves: list[Any], spec: Any) -> Hashable | None:

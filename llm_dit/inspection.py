@@ -10,6 +10,9 @@ from .checkpoints.header import Header, read_header
 from .checkpoints.layout import Layout, read_layout
 from .checkpoints.recognize import Kind, recognize
 
+_EMBEDDING = "embed_tokens.weight"
+"""What every text encoder calls its embedding, a matrix that is looked up and not multiplied."""
+
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
     """A description of a pipeline folder or a .safetensors file, as plain dicts.
@@ -45,7 +48,7 @@ def describe_file(header: Header) -> dict[str, Any]:
         layout = read_layout(header)
     except ValueError as error:
         return {**described, "layout": "not supported", "loading": f"refused: {error}"}
-    kept = [key for key in layout.fp8 if layout.stays_fp8(key)]
+    kept = [key for key in layout.fp8 if layout.stays_fp8(key) and not key.endswith(_EMBEDDING)]
     dequantized = [key for key in layout.fp8 if key not in kept]
     scales = [header.tensors[weight.scale].elements for weight in layout.fp8.values() if weight.scale]
     described |= {

@@ -136,7 +136,8 @@ class QuantizablePipelineMixin(DiffusionPipeline):
     def _load(cls, source: str, options: LoadOptions, kwargs: dict[str, Any]) -> Self:
         components, init_keywords = cls._get_signature_keys(cls)
         refuse_unknown(cls.__name__, kwargs, (*components, *init_keywords))
-        request = LoadRequest.resolve(options, cls.family.name, tuple(components))
+        given = {name for name in components if name in kwargs}
+        request = LoadRequest.resolve(options, cls.family.name, tuple(components), given)
         roles = {name: role for name in components if (role := cls.component_role(name))}
         if request.quantizes:
             request = replace(request, dtypes=load_dtypes(kwargs))
@@ -154,7 +155,6 @@ class QuantizablePipelineMixin(DiffusionPipeline):
             if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
                 kwargs["dtype"] = torch.bfloat16
                 request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
-        given = {name for name in components if name in kwargs}
         from_files = plan_files(source, hub, request, cls.family, roles, given, partial(cls._wanted, request))
         passed = {name: kwargs[name] for name in given if isinstance(kwargs[name], nn.Module)}
         user_config = kwargs.pop("quantization_config", None)

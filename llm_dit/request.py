@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Self
@@ -11,7 +11,7 @@ import torch
 
 from .backends import ComponentRequest
 from .config import PipelineSection, RuntimeConfig
-from .names import ACTIVATION_SCALES, BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES, check_name, nearest
+from .names import ACTIVATION_SCALES, BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES, GRAPH_MODE, check_name, nearest
 from .quantization import PipelineQuantConfig, get_method, get_recommended_method
 
 Quantization = str | Mapping[str, str] | PipelineQuantConfig
@@ -68,8 +68,12 @@ class LoadRequest:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def resolve(cls, options: LoadOptions, family: str, components: tuple[str, ...]) -> Self:
-        """Weighs the options of a pipeline of `family` with the given component names.
+    def resolve(cls, options: LoadOptions, family: str, components: tuple[str, ...], passed: Container[str] = ()) -> Self:
+        """Weighs the options of a pipeline of `family`.
+
+        Args:
+            components: the names of the pipeline's components.
+            passed: those that the caller passed, None included.
 
         Raises:
             ValueError: for anything unknown, removed or contradictory, with what to use instead.
@@ -82,8 +86,8 @@ class LoadRequest:
         methods.update(given)
         if isinstance(options.quantization, PipelineQuantConfig):
             base = options.quantization
-        files = _files(options, section, components)
-        backends = _backends(options.quantization_backend, base.backend, components)
+        files = _files(options, section, components, passed)
+        backends = _backends(options.quantization_backend, base.backend, components, bool(files))
         _check_files(options, files, backends)
         granularity = options.quantization_granularity or base.granularity
         if options.quantization_backend is not None and not files and all(method == "none" for method in methods.values()):
@@ -95,13 +99,18 @@ class LoadRequest:
             notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compile_mode = options.compile_mode or section.compile_mode
+        if compile_mode == GRAPH_MODE and backends.get("transformer", backends[""]) == "layerwise":
+            raise ValueError(
+                f"compile_mode={GRAPH_MODE!r} cannot capture a transformer that backend 'layerwise' casts block by block: use "
+                "'fp8-weight-only' with backend 'torchao', which is also faster"
+            )
         return cls(
             methods=methods,
             granularity=check_name(granularity, GRANULARITIES, "quantization_granularity"),
             skip=tuple(skip),
             backends=backends,
             asked=frozenset(name for name, method in given.items() if method != "none"),
-            named=frozenset(given),
+            named=frozenset(given) - _unsaid(options.quantization),
             files=files,
             activation_scale=options.activation_scale,
             compile=section.compile if options.compile is None else options.compile,
@@ -166,18 +175,30 @@ def _given_methods(options: LoadOptions, components: tuple[str, ...]) -> tuple[d
     return methods, notes
 
 
-def _files(options: LoadOptions, section: PipelineSection, components: tuple[str, ...]) -> dict[str, str]:
-    """The files that are given, by the component they are for."""
+def _unsaid(given: Quantization | None) -> set[str]:
+    """The roles of a `PipelineQuantConfig` that are "none", which is also what it says of a role that nobody named."""
+    return {role for role in COMPONENT_TYPES if isinstance(given, PipelineQuantConfig) and getattr(given, role) == "none"}
+
+
+def _files(options: LoadOptions, section: PipelineSection, components: tuple[str, ...], passed: Container[str]) -> dict[str, str]:
+    """The files that are given, by the component they are for.
+
+    A keyword wins over config.toml, and "" means no file; what config.toml says of a component that the pipeline does not have,
+    or that was passed, is not for this call.
+    """
     given = {
-        "transformer": ("transformer_file", options.transformer_file or section.transformer_file),
-        "text_encoder": ("encoder_file", options.encoder_file or section.encoder_file),
+        "transformer": ("transformer_file", options.transformer_file, section.transformer_file),
+        "text_encoder": ("encoder_file", options.encoder_file, section.encoder_file),
     }
     files = {}
-    for component, (argument, file) in given.items():
+    for component, (argument, file, configured) in given.items():
         if file and component not in components:
             raise ValueError(f"{argument} is for the {component}, and this pipeline has none: it has {', '.join(components)}")
-        if file:
-            files[component] = str(file)
+        if file and component in passed:
+            raise ValueError(f"{component} was passed and {argument} names a file for it: give one of the two")
+        chosen = configured if file is None and component in components and component not in passed else file
+        if chosen:
+            files[component] = str(chosen)
     return files
 
 
@@ -199,11 +220,13 @@ def _check_files(options: LoadOptions, files: Mapping[str, str], backends: Mappi
 
 
 def _backends(
-    given: str | Mapping[str, str] | None, default: str | Mapping[str, str], components: tuple[str, ...]
+    given: str | Mapping[str, str] | None, default: str | Mapping[str, str], components: tuple[str, ...], files: bool
 ) -> dict[str, str]:
     chosen = default if given is None else given
     if isinstance(chosen, str):
-        return {"": check_name(chosen, BACKENDS, "quantization_backend")}
+        check_name(chosen, BACKENDS, "quantization_backend")
+        # A file is read by "checkpoint" whatever is said; the word is about it, and not about the components beside it.
+        return {"": "torchao" if chosen == "checkpoint" and files else chosen}
     if not isinstance(chosen, Mapping):
         raise ValueError(f"quantization_backend must be a name or a mapping, not {chosen!r}: {nearest('', BACKENDS)}")
     valid = tuple(dict.fromkeys((*COMPONENT_TYPES, *components)))

@@ -14,6 +14,7 @@ from ..quantization.component import quantize_component, require_quantizable
 from ..quantization.filters import decide_layers, vae_refusal
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
+from ..quantization.torchao_tensors.staging import drain_staging
 from ..quantization.torchao_tensors.stream import quantize_weight
 from .base import ComponentRequest, LoadPlan
 from .saving import attach_saver
@@ -38,6 +39,7 @@ class TorchaoBackend:
         return LoadPlan(tuple(layers), transforms)
 
     def finish(self, model: nn.Module, request: ComponentRequest, plan: LoadPlan) -> None:
+        drain_staging()
         for layer in plan.layers:
             quantized = isinstance(model.get_submodule(layer.name)._parameters.get("weight"), TorchAOBaseTensor)
             if quantized != (layer.config is not None):
@@ -58,4 +60,4 @@ class TorchaoBackend:
 
 
 def _quantize_read(value: Tensor, device: torch.device, config: AOBaseConfig) -> Tensor:
-    return quantize_weight(value, config, device)
+    return quantize_weight(value, config, device, wait=False)

@@ -59,8 +59,12 @@ class Unread:
                 and layer[1] == layers[0]
                 and int(layer[2]) >= layers[1] * self.layers_from
             )
-            (unread if above or any(f".{part}." in f".{name}" for part in self.modules) else read).append(name)
+            (unread if above or self.covers(name) else read).append(name)
         return unread, read
+
+    def covers(self, name: str) -> bool:
+        """True if a tensor is of one of `modules`."""
+        return any(f".{part}." in f".{name}" for part in self.modules)
 
 
 def prune(model: Any, absent: Sequence[str], unread: Unread) -> list[str]:
@@ -79,10 +83,12 @@ def prune(model: Any, absent: Sequence[str], unread: Unread) -> list[str]:
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:first]
             removed.append(f"layers {first} to {count - 1}" if first < count - 1 else f"layer {first}")
+    pruned = bool(removed)
     for part in unread.modules:
         for name, _ in list(model.named_modules()):
             named = name == part or name.endswith(f".{part}")
-            if named and any(key.startswith(f"{name}.") for key in absent):
+            # Without its last layers a model would put its final norm, and its head, behind one that is read as it is.
+            if named and (pruned or any(key.startswith(f"{name}.") for key in absent)):
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Identity())
                 removed.append(name)

@@ -32,7 +32,9 @@ def load_component(model: nn.Module, plan: Plan, device: torch.device) -> None:
             else:
                 value = _dense(plan, found, file)
                 layer = by_weight.get(name)
-                value = quantize_weight(value, layer.config, device) if layer and layer.config else _placed(value, device)
+                value = (
+                    quantize_weight(value, layer.config, device, wait=False) if layer and layer.config else _placed(value, device)
+                )
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if name in buffers:

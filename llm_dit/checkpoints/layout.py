@@ -152,7 +152,10 @@ def _companions(header: Header) -> _Companions:
         elif name in (MARKER, *_BLOB_NAMES) or (name.startswith("__") and name.endswith("__")):
             found.ignored.append(key)
     for layer, told in _metadata_layers(header).items():
-        found.formats.setdefault(layer, told)
+        # Splitting a file, or putting it into another, changes what stands before its names, and not its metadata.
+        bare = next((layer.removeprefix(prefix) for prefix in PREFIXES if layer.startswith(prefix)), layer)
+        names = (layer, bare, *(prefix + bare for prefix in PREFIXES))
+        found.formats.setdefault(next((name for name in names if f"{name}.weight" in header.tensors), layer), told)
     return found
 
 

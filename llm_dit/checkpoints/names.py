@@ -18,7 +18,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
 from .encoders import Unread, encoder_name
-from .layout import Layout
+from .layout import PREFIXES, Layout
 
 Rename = Callable[[str, Collection[str]], str | None]
 """(name in the file, names of the model) -> the name to go on with, or None for a tensor that the model does without."""
@@ -38,7 +38,7 @@ class Part:
         unread: what a file may leave out.
     """
 
-    prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "")
+    prefixes: tuple[str, ...] = (*PREFIXES, "")
     without: tuple[str, ...] = ()
     keep_prefix: bool = False
     rename: Rename = lambda name, expected: name

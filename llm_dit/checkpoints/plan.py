@@ -42,6 +42,10 @@ class Wanted:
     static: bool = False
 
 
+class PartsMissingError(ValueError):
+    """The file holds a component without some of its top-level modules; what it does hold of it is whole."""
+
+
 @dataclass
 class Plan:
     """What becomes of every tensor of a component; checked, with nothing allocated yet.
@@ -109,24 +113,34 @@ def _check_filled(model: nn.Module, layout: Layout, part: Part, pieces: Mapping[
     tied = _tied(model)
     absent, missing = part.unread.split(model, [name for name in expected if name not in pieces and name not in tied])
     extra = [name for name in pieces if name not in expected]
+    whole = not extra and not set(map(_top, missing)) & set(map(_top, pieces))
+    failure = PartsMissingError if whole else ValueError
     if missing and len(missing) > 0.5 * len(expected):
-        raise ValueError(
+        raise failure(
             f"{path} is no checkpoint of this {kind}: it fills {len(expected) - len(missing)} of its {len(expected)} tensors "
             f"(missing: {_listed(missing)}; not understood: {_listed([pieces[name][0].key for name in extra if pieces[name]])})"
         )
     if missing:
-        raise ValueError(f"{path} does not fill {_listed(missing)} of the {kind}: is it of another size or version of the model?")
+        raise failure(f"{path} does not fill {_listed(missing)} of the {kind}: is it of another size or version of the model?")
     if extra:
         keys = [pieces[name][0].key for name in extra if pieces[name]]
         raise ValueError(f"{path} holds {_listed(keys)}, for which the {kind} has no place: is it of another size or version?")
     used = {piece.key for found in pieces.values() for piece in found}
-    lost = [key for key in part.select(layout).values() if key in layout.fp8 and layout.fp8[key].scale and key not in used]
+    lost = [
+        key
+        for name, key in part.select(layout).items()
+        if key in layout.fp8 and layout.fp8[key].scale and key not in used and not part.unread.covers(name)
+    ]
     if lost:
         raise ValueError(f"{path}: the scaled fp8 weights {_listed(lost)} land nowhere in the {kind}")
     for name, tensor in expected.items():
         if name in pieces:
             _check_shape(layout, kind, name, tensor, pieces[name])
     return absent
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _tied(model: Any) -> set[str]:

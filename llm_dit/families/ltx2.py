@@ -22,6 +22,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 
+from ..checkpoints.layout import PREFIXES
 from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
@@ -72,7 +73,8 @@ def _transformer_name(name: str, expected: Collection[str]) -> str:
 
 def _connectors_name(name: str, expected: Collection[str]) -> str | None:
     """The connectors stand between the transformer's tensors, and their projections apart."""
-    name = name.removeprefix("model.diffusion_model.")
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
     if not re.match(r"(video|audio)_embeddings_connector\.|text_embedding_projection\.", name):
         return None
     for theirs, ours in _CONNECTORS:
@@ -135,16 +137,12 @@ _OTHER_PARTS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 PARTS = {
     "text_encoder": encoder_part(),
     "transformer": Part(
-        prefixes=("model.diffusion_model.", "diffusion_model.", ""),
+        prefixes=(*PREFIXES, ""),
         without=(*_OTHER_PARTS, "text_embedding_projection.", "vae.", "audio_vae.", "vocoder."),
         rename=_transformer_name,
     ),
     "connectors": Part(
-        prefixes=(
-            "model.diffusion_model.video_embeddings",
-            "model.diffusion_model.audio_embeddings",
-            "text_embedding_projection.",
-        ),
+        prefixes=(*(prefix + name for prefix in PREFIXES for name in _OTHER_PARTS), *_OTHER_PARTS, "text_embedding_projection."),
         keep_prefix=True,
         rename=_connectors_name,
         convert=False,

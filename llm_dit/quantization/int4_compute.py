@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..names import check_name
@@ -22,7 +23,8 @@ def set_int4_compute(model: nn.Module, compute: str) -> int:
         How many weights it was set for; those with a dimension that is not divisible by 16 stay at 16 bits.
 
     Raises:
-        ValueError: for another name, a model without int4 weights, or fp8 on a device that cannot multiply it.
+        ValueError: for another name, a model without int4 weights or that does not compute in bfloat16, or fp8 on a device
+            that cannot multiply it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(128, 64, dtype=torch.bfloat16))
@@ -37,6 +39,11 @@ def set_int4_compute(model: nn.Module, compute: str) -> int:
     weights = [weight for weight in model.parameters() if isinstance(weight, Int4GroupTensor)]
     if not weights:
         raise ValueError(f"{type(model).__name__} has no int4 weights: quantize it with 'int4' first")
+    others = {weight.dtype for weight in weights} - {torch.bfloat16}
+    if compute == "fp8" and others:
+        raise ValueError(
+            f"int4 with fp8 compute gives bfloat16, and {type(model).__name__} computes in {others.pop()}: load it in bfloat16"
+        )
     fitting = [weight for weight in weights if all(size % 16 == 0 for size in weight.shape)]
     for weight in fitting:
         weight.fp8_compute = compute == "fp8"

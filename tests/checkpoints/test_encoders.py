@@ -160,6 +160,35 @@ def test_with_a_transformer_from_a_file(tiny):
     assert torch.isfinite(generate(pipe, "z-image")).all()
 
 
+def test_a_head_in_fp8_that_the_model_does_not_have(tiny, tmp_path):
+    """Z-Image's encoder is a Qwen3Model; some files are of the Qwen3ForCausalLM."""
+    source = tiny("z-image")
+    path, _ = encoder_file(source, "z-image", "scaled")
+    hidden = encoder(source).config.hidden_size
+    path = with_tensor(path, "lm_head.weight", torch.ones(512, hidden).to(torch.float8_e4m3fn))
+    path = with_tensor(path, "lm_head.weight_scale", torch.tensor(0.1))
+    pipe = load_pipeline(source, torch_dtype=BF16, encoder_file=path)
+    assert pipe.quantization_report["text_encoder"].method == "fp8-weight-only"
+
+
+def test_without_its_last_layers_an_encoder_has_no_final_norm(tiny, tmp_path):
+    """The pipeline reads what its last layer gives, and a norm that the file holds would change it."""
+    source = tiny("flux2-dev")
+    state = comfy(source, "flux2-dev")
+    norm = next(
+        key for key in encoder(source).state_dict() if key.endswith("norm.weight") and "layer" not in key and "vision" not in key
+    )
+    write(
+        tmp_path / "x.safetensors",
+        {**state, "model.norm.weight": torch.full_like(encoder(source).state_dict()[norm], 3.0)},
+        LAYOUTS["bf16"],
+    )
+    write(tmp_path / "y.safetensors", state, LAYOUTS["bf16"])
+    kept = load_pipeline(source, torch_dtype=BF16, encoder_file=tmp_path / "x.safetensors")
+    usual = load_pipeline(source, torch_dtype=BF16, encoder_file=tmp_path / "y.safetensors")
+    assert torch.equal(generate(kept, "flux2-dev"), generate(usual, "flux2-dev"))
+
+
 def test_config_toml_names_the_file(tiny, tmp_path):
     source = tiny("z-image")
     config = tmp_path / "config.toml"

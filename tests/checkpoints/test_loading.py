@@ -4,6 +4,8 @@ Errors are relative L2 of one forward of the transformer against the bf16 model 
 the tiny models are made to add no error of their own.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
@@ -25,13 +27,16 @@ from cases import (
     transformer,
 )
 from conftest import relative_error
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 from writer import LAYOUTS, Layout, with_tensor, write
 
 from llm_dit import load_pipeline
-from llm_dit.quantization import quantize_component
+from llm_dit.families.z_image import QuantizableZImagePipeline
+from llm_dit.quantization import PipelineQuantConfig, quantize_component
 
 FP8_METHODS = ("fp8-weight-only", "fp8-dynamic")
 OUTER = [layout.name for layout in LAYOUTS.values() if layout.fp8 in ("all-linears", "everything")]
@@ -338,6 +343,66 @@ def test_config_toml_names_the_file(tiny, tmp_path):
     assert (report.method, report.backend, report.quantized_layers) == ("fp8-weight-only", "checkpoint", 28)
     other, _ = checkpoint(source, "flux2-dev", "mixed")
     assert load(source, other, config=config).quantization_report["transformer"].quantized_layers == 12
+
+
+def test_a_keyword_or_a_passed_transformer_wins_over_the_file_in_config_toml(tiny, tmp_path):
+    source = folder(tiny, "z-image")
+    config = tmp_path / "config.toml"
+    config.write_text(f'[z_image]\ntransformer_file = "{checkpoint(source, "z-image", "scaled")[0]}"\n')
+    without = load(source, config=config, transformer_file="", quantization="none")
+    assert without.quantization_report["transformer"].method == "none"
+    own = transformer(source)
+    assert load(source, config=config, transformer=own, quantization="none").transformer is own
+
+
+def test_a_file_in_config_toml_is_not_for_a_pipeline_without_a_transformer(tiny, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text('[ltx2]\ntransformer_file = "nowhere.safetensors"\n')
+    assert load_pipeline(tiny("ltx2-latent-upsample"), config=config).vae is not None
+
+
+def test_a_quant_config_that_does_not_name_the_transformer_keeps_its_fp8(tiny):
+    source = folder(tiny, "z-image")
+    path, _ = checkpoint(source, "z-image", "scaled")
+    pipe = load_pipeline(source, transformer_file=path, quantization=PipelineQuantConfig(encoder="int8"))
+    assert pipe.quantization_report["transformer"].method == "fp8-dynamic"
+    assert pipe.quantization_report["text_encoder"].method == "int8"
+
+
+def test_hooks_are_asked_about_a_file_too(tiny):
+    source = folder(tiny, "z-image")
+    path, _ = checkpoint(source, "z-image", "scaled")
+
+    class Pipeline(QuantizableZImagePipeline):
+        wanted = staticmethod(lambda request: request)
+
+        @classmethod
+        def component_request(cls, name, role, request):
+            asked = super().component_request(name, role, request)
+            return cls.wanted(asked) if name == "transformer" and asked else asked
+
+    Pipeline.wanted = staticmethod(lambda asked: replace(asked, skip=("layers.0",)))
+    pipe = Pipeline.from_pretrained(source, transformer_file=path, quantization="fp8-weight-only")
+    assert not isinstance(pipe.transformer.layers[0].attention.to_q.weight, Float8Tensor)
+    assert isinstance(pipe.transformer.layers[1].attention.to_q.weight, Float8Tensor)
+    Pipeline.wanted = staticmethod(lambda asked: None)
+    pipe = Pipeline.from_pretrained(source, transformer_file=path, quantization="fp8-weight-only")
+    assert pipe.quantization_report["transformer"].method == "none"
+
+
+def test_formats_in_the_header_may_lack_the_prefix_of_the_tensors(tiny, tmp_path):
+    source = folder(tiny, "ltx2.3")
+    path, _ = checkpoint(source, "ltx2.3", "prefixed")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    prefix = "model.diffusion_model."
+    bare = {**metadata, "_quantization_metadata": metadata["_quantization_metadata"].replace(prefix, "")}
+    save_file(tensors, tmp_path / "bare.safetensors", bare)
+    short = {key.replace(prefix, "diffusion_model."): tensor for key, tensor in tensors.items()}
+    save_file(short, tmp_path / "short.safetensors", metadata)
+    for name in ("bare", "short"):
+        same_weights(load(source, tmp_path / f"{name}.safetensors").transformer, load(source, path).transformer)
 
 
 def test_the_other_components_come_from_the_folder_as_asked(tiny):

@@ -166,6 +166,32 @@ def test_a_component_of_which_a_tensor_is_missing_or_too_many(name, part, tiny):
         load_pipeline(source, torch_dtype=BF16, transformer_file=with_tensor(path, extra, torch.ones(3)))
 
 
+@pytest.mark.parametrize(
+    ("part", "without_part"), [("connectors", "video_text_proj_in"), ("connectors", "audio_connector"), ("vae", "encoder")]
+)
+def test_a_component_that_the_file_holds_in_part_comes_from_the_folder(part, without_part, tiny, tmp_path):
+    """Files of the transformer that kept the connectors between its blocks, and VAEs with a decoder alone."""
+    source = folder(tiny, "ltx2.3")
+    state = {name: getattr(finetune(source), name).state_dict() for name in ("transformer", part)}
+    state[part] = {name: tensor for name, tensor in state[part].items() if not name.startswith(f"{without_part}.")}
+    write(tmp_path / "x.safetensors", ltx_monolith(state), LAYOUTS["scaled"], prefix="")
+    pipe = load_pipeline(source, torch_dtype=BF16, transformer_file=tmp_path / "x.safetensors")
+    same_weights(getattr(pipe, part), getattr(DiffusionPipeline.from_pretrained(source, dtype=BF16), part))
+    note = pipe.quantization_report["transformer"].note
+    assert f"its {part} are not read, and come from the folder" in note
+    assert without_part in note
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_connectors_are_found_behind_any_prefix(prefix, tiny, tmp_path):
+    source = folder(tiny, "ltx2.3")
+    state = {name: getattr(finetune(source), name).state_dict() for name in ("transformer", "connectors")}
+    tensors = {key.replace("model.diffusion_model.", prefix): tensor for key, tensor in ltx_monolith(state).items()}
+    write(tmp_path / "x.safetensors", tensors, LAYOUTS["bf16"], prefix="")
+    pipe = load_pipeline(source, torch_dtype=BF16, transformer_file=tmp_path / "x.safetensors")
+    same_weights(pipe.connectors, finetune(source).connectors)
+
+
 @pytest.mark.parametrize("key", ["new_module", "model.new_module", "vae2.conv"])
 def test_a_scaled_weight_outside_of_all_components_is_an_error(key, tiny):
     """A module that a later version of the model needs, say: every scale lands on a weight, or the load fails."""

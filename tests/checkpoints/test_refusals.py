@@ -569,6 +569,20 @@ def test_static_with_a_method_that_does_not_quantize_activations(dev):
             load(source, files["scaled"], quantization_transformer=method, activation_scale="static")
 
 
+def test_the_checkpoint_backend_is_a_word_about_the_file(dev):
+    """The encoder beside it is quantized as usual."""
+    source, files = dev
+    pipe = load_pipeline(source, transformer_file=files["scaled"], quantization_encoder="int8", quantization_backend="checkpoint")
+    assert pipe.quantization_report["transformer"].backend == "checkpoint"
+    assert pipe.quantization_report["text_encoder"].backend == "torchao"
+
+
+def test_a_device_by_its_number(dev, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"device_map='cuda:0', and diffusers takes 'cuda', 'cpu' or 'balanced'"):
+        load(dev[0], dev[1]["scaled"], device_map="cuda:0")
+
+
 def test_static_without_a_file(dev):
     with pytest.raises(ValueError, match="give transformer_file"):
         load(dev[0], quantization_transformer="fp8-dynamic", activation_scale="static")

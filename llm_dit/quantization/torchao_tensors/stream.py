@@ -67,7 +67,7 @@ def fetch(part: Tensor, compute: torch.device) -> Tensor:
 def store(destination: Tensor, part: Tensor) -> None:
     """Writes a quantized chunk into its place in `destination`, on whatever device that is.
 
-    On the host it has arrived when `quantize_weight` returns, and not before.
+    On the host it has arrived after `drain_staging`, and not before.
     """
     if part.device.type == "cuda" and destination.device.type == "cpu":
         staging_for(part.device).download(part, destination)
@@ -75,7 +75,7 @@ def store(destination: Tensor, part: Tensor) -> None:
         destination.copy_(part)
 
 
-def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device | str | None = None) -> Tensor:
+def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device | str | None = None, wait: bool = True) -> Tensor:
     """Quantizes one weight as `config` says.
 
     Args:
@@ -83,6 +83,8 @@ def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device |
         config: one of the configurations of this package.
         target: the device that holds the result; by default the weight's own. A weight bound for the CPU is quantized
             on the GPU where there is one, chunk by chunk, which takes a fraction of the time and one chunk of its memory.
+        wait: return when all of the result is in its place. A loader says False, and calls `drain_staging` after its last weight:
+            the end of one weight is then still on its way to the host while the next is read.
 
     Raises:
         ValueError: if the weight holds NaN or infinity.
@@ -93,7 +95,8 @@ def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device |
         compute = torch.device("cuda", torch.cuda.current_device())
     with torch.inference_mode(False), torch.no_grad():
         quantized = _QUANTIZERS[type(config)](weight.detach(), config, held_on, compute)
-        drain_staging()
+        if wait:
+            drain_staging()
         return quantized
 
 
