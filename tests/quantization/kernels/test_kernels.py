@@ -138,8 +138,8 @@ def test_quantize_rows_on_the_gpu(columns, dtype):
     bound = 2.0**-14 if dtype == torch.float16 else BOUND
     quantized, scale = quantize_rows(rows, bound)
     reference, expected = quantize_rows_reference(rows, bound)
-    # PyTorch multiplies by the reciprocal of 448 on a GPU: the scales differ by a unit in the last place, and so do values next to
-    # the middle of two float8 numbers.
+    # PyTorch multiplies by the reciprocal of 448 on a GPU: the scales differ by a unit in the last place, and so do values near
+    # the middle between two float8 numbers.
     torch.testing.assert_close(scale, expected, rtol=2.0**-22, atol=0)
     steps = (quantized.view(torch.uint8).int() - reference.view(torch.uint8).int()).abs()
     assert steps.max() <= 1
