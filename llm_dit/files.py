@@ -142,7 +142,7 @@ def _wanted(
     if component is None:
         component = ComponentRequest(name, role, method, request.granularity, request.skip, request.dtype_of(name))
     static = request.activation_scale == "static" and asked and role == "transformer"
-    if static and method.name != "fp8-dynamic":
+    if static and not method.quantizes_activations:
         raise ValueError(
             f"activation_scale='static' is for fp8-dynamic, which quantizes activations, and the {name} is to be {method.name}: "
             "use fp8-dynamic, or leave activation_scale at 'dynamic'"

@@ -33,6 +33,7 @@ from .loader import (
     was_layerwise,
 )
 from .quantization import (
+    METHODS,
     ComponentReport,
     QuantizationReport,
     detect_hardware,
@@ -41,6 +42,7 @@ from .quantization import (
     quantized_by,
 )
 from .quantization.sizes import model_tensors
+from .quantization.speed_note import speed_note
 from .quantization.torchao_tensors.staging import move_model_to_gpu, release_staging
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import prepare_for_saving
@@ -302,6 +304,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         unused = [p for p in request.skip if not any(f"skip pattern {p!r}" in r.skip_reasons.values() for r in reports)]
         if unused and request.quantizes:
             notes.append(f"skip patterns that matched no layer: {', '.join(unused)}")
+        notes += [note for report in reports if (note := _speed_note(report))]
         return QuantizationReport(tuple(reports), detect_hardware().name, tuple(notes))
 
     def _check_dtypes(self) -> None:
@@ -333,6 +336,14 @@ def diffusers_class(cls: type) -> type:
 
 def _is_quantized(saved: Mapping[str, Any]) -> bool:
     return saved.get("quantization_config") is not None or was_layerwise(saved)
+
+
+def _speed_note(report: ComponentReport) -> str:
+    """Where a transformer is expected to be slower than in bf16, what would be faster."""
+    if report.role != "transformer" or report.method not in METHODS:
+        return ""
+    note = speed_note(METHODS[report.method], report.granularity, report.backend, detect_hardware())
+    return f"{report.name}: {note}" if note else ""
 
 
 def _compared(report: ComponentReport, wanted: ComponentRequest | None, model: nn.Module) -> ComponentReport:

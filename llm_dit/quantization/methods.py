@@ -42,6 +42,7 @@ class Method:
         make_stock_config: from a granularity, the stock torchao configuration that a saved folder records, or None
             where torchao has no stock tensor for the layout.
         fp8: True where the weights are float8, which wants compute capability 8.9 on CUDA.
+        quantizes_activations: True where activations are quantized as well, and multiplied so.
         dims_multiple_of: both dimensions of a Linear must be divisible by this.
         in_features_multiple_of: in_features of a Linear must be divisible by this.
         compile_note: what `torch.compile` users should know, or "".
@@ -53,6 +54,7 @@ class Method:
     make_config: Callable[[str], AOBaseConfig] | None = None
     make_stock_config: Callable[[str], AOBaseConfig] | None = None
     fp8: bool = False
+    quantizes_activations: bool = False
     dims_multiple_of: int = 1
     in_features_multiple_of: int = 1
     compile_note: str = ""
@@ -71,6 +73,7 @@ _ROWS: Final = (
             set_inductor_config=False,
         ),
         fp8=True,
+        quantizes_activations=True,
         dims_multiple_of=16,
         compile_note="fp8-dynamic uses autotune, which is incompatible with reduce-overhead",
     ),
