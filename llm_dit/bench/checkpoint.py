@@ -6,11 +6,9 @@ converter. Every way to load it then runs in a fresh process: the load, from pag
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..names import check_name
-from . import worker
+from .fresh import FreshProcessError, in_fresh_process
 from .geometry import GEOMETRIES
 from .load import sampled_host_memory
 from .results import Columns, Job, Row
@@ -72,17 +70,18 @@ def plan(geometries: Sequence[str], folder: Path, steps: int = 5, timeout_s: flo
 def _run(cases: Sequence[Case], folder: Path, steps: int, timeout_s: float) -> Iterator[Row]:
     for geometry in dict.fromkeys(case.geometry for case in cases):
         place = folder / geometry
-        built = _told({"step": "build", "folder": str(place), "geometry": geometry}, timeout_s)
+        built = _row(build, place, geometry, timeout_s=timeout_s)
         for case in (case for case in cases if case.geometry == geometry):
-            row = built if "error" in built else _told({**asdict(case), "folder": str(place), "steps": steps}, timeout_s)
+            row = built if "error" in built else _row(run_way, case, place, steps, timeout_s=timeout_s)
             yield {**asdict(case), "device": row.get("device", ""), "torch": torch.__version__, **row}
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _told(specification: Mapping[str, Any], timeout_s: float) -> Row:
-    for message in worker.messages(__spec__.name, specification, timeout_s):
-        return message.value if message.kind == worker.ROW else {"error": str(message.value)}
-    return {"error": "the process reported nothing"}
+def _row(function: Callable[..., Row], *args: Any, timeout_s: float) -> Row:
+    try:
+        return in_fresh_process(function, *args, timeout_s=timeout_s)
+    except FreshProcessError as error:
+        return {"error": str(error)}
 
 
 def build(folder: Path, name: str) -> Row:
@@ -143,21 +142,3 @@ def _compared(case: Case, folder: Path, output: torch.Tensor, ms: float) -> Row:
     reference = load_file(place)
     error = (output.double() - reference["output"].double()).norm() / reference["output"].double().norm()
     return {"ms": ms, "ratio": float(reference["ms"]) / ms, "relerr": float(error)}
-
-
-def main(specification: Mapping[str, Any]) -> None:
-    """What the measuring process runs."""
-    folder = Path(specification["folder"])
-    try:
-        if specification.get("step") == "build":
-            row = build(folder, specification["geometry"])
-        else:
-            row = run_way(Case(specification["geometry"], specification["way"]), folder, specification["steps"])
-    except Exception as error:
-        worker.emit(worker.FATAL, f"{type(error).__name__}: {error}")
-    else:
-        worker.emit(worker.ROW, row)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -7,14 +7,11 @@ are the page cache's and can be dropped. It is sampled every two milliseconds an
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +23,7 @@ from tqdm.auto import tqdm
 from ..families import published_models
 from ..names import check_name
 from ..quantization.sizes import model_bytes
+from .fresh import FreshProcessError, in_fresh_process
 
 MIB: Final = 1024**2
 IMPLEMENTATIONS: Final = ("bf16", "diffusers", "llm-dit")
@@ -162,12 +160,10 @@ def _touch_host_memory(size: int) -> None:
 
 
 def _in_fresh_process(folder: Path, case: Case) -> Measurement:
-    arguments = [sys.executable, "-W", "ignore", "-m", "llm_dit.bench.load", str(folder), json.dumps(asdict(case))]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return Measurement(case, error=done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}")
-    values = json.loads(done.stdout.strip().splitlines()[-1])
-    return Measurement(case, **values)
+    try:
+        return Measurement(case, **in_fresh_process(measure, folder, case))
+    except FreshProcessError as error:
+        return Measurement(case, error=str(error))
 
 
 def measure(folder: Path, case: Case) -> dict[str, Any]:
@@ -262,7 +258,3 @@ def row(result: Measurement) -> str:
         seconds += f", {result.move_seconds:.1f} of it moving to the GPU"
     cells = (result.held_bytes, result.host_peak_bytes, result.device_peak_bytes, result.device_held_bytes)
     return f"| {result.case.label} | {seconds} | " + " | ".join(f"{cell / MIB:.0f}" for cell in cells) + " |"
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), Case(**json.loads(sys.argv[2])))))

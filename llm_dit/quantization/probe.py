@@ -9,6 +9,7 @@ from torchao.utils import TorchAOBaseTensor
 from .detect import FP8_DTYPES
 from .sizes import plain_parts
 from .torchao_tensors.stream import row_chunks
+from .warm_up import wait_for_warm_up
 
 
 def probe_finite(model: nn.Module) -> None:
@@ -20,6 +21,7 @@ def probe_finite(model: nn.Module) -> None:
     Raises:
         RuntimeError: naming the layers that failed.
     """
+    wait_for_warm_up()
     bad: list[str] = []
     smallest: dict[type, tuple[str, nn.Linear]] = {}
     with torch.no_grad():

@@ -145,7 +145,8 @@ def test_quantize_rows_on_the_gpu(columns, dtype):
     assert steps.max() <= 1
     assert (steps > 0).float().mean() < 1e-3 or columns < 1000
     if dtype != torch.float16:
-        check_quantized(rows, quantized, scale, 0.07 if columns == 1 else FP8_ERROR)
+        seen = rows.abs().amax(dim=1) > bound  # smaller rows become zeros
+        check_quantized(rows[seen], quantized[seen], scale[seen], 0.07 if columns == 1 else FP8_ERROR)
 
 
 LINEARS = [Float8StreamConfig(dynamic=True), Float8StreamConfig(), Int8StreamConfig(), Int4GroupConfig()]
