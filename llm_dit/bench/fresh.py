@@ -1,7 +1,7 @@
 """One measurement in a process of its own.
 
-It is started anew and not forked from one that has imported everything: torchao asks for the GPU when it is imported, and CUDA does
-not survive a fork.
+It is started anew and not forked from one that has imported everything: torchao asks for the GPU when it is imported, and CUDA
+does not survive a fork.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
         # Rounded as they are stored before the weights are, so that the rounding of a scale adds no error of its own.
         step = ((high - low) / 15).to(weight.dtype).clamp(min=floor)
         low = low.to(weight.dtype)
-        q = ((part - low.float().unsqueeze(-1)) / step.float().unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8)
-        q = q.view(-1, columns)
+        part = part - low.float().unsqueeze(-1)
+        q = part.div_(step.float().unsqueeze(-1)).round_().clamp_(0, 15).to(torch.uint8).view(-1, columns)
         store(qdata[chunk], q[:, ::2] | (q[:, 1::2] << 4))
         scale[chunk] = step
         zero_point[chunk] = low
