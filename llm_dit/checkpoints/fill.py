@@ -18,17 +18,20 @@ from ..quantization.torchao_tensors.staging import drain_staging, move_to_gpu
 from ..quantization.torchao_tensors.static import StaticFloat8Tensor
 from ..quantization.torchao_tensors.stream import quantize_weight
 from .names import Piece
-from .plan import Plan, full_precision, input_scale, opened
+from .plan import Plan, full_precision, input_scale, listed, opened
 
 
 def load_component(model: nn.Module, plan: Plan, device: torch.device) -> None:
     """Fills `model` on `device` as planned; the bf16 model never exists whole."""
     by_weight = {layer.parameter: layer for layer in plan.layers if layer.config is not None}
     buffers = dict(model.named_buffers())
+    finite: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad(), opened(plan.layout) as file:
         for name, found in tqdm(plan.pieces.items(), desc=f"Reading {type(model).__name__}", delay=2, leave=False):
             if name in plan.kept:
-                value = _float8(plan, name, found, file, device)
+                qdata = _placed(_joined([_rows(file, piece) for piece in found]), device)
+                finite[name] = raw_finite(qdata)
+                value = _float8(plan, name, found, qdata)
             else:
                 value = _dense(plan, found, file)
                 layer = by_weight.get(name)
@@ -46,23 +49,30 @@ def load_component(model: nn.Module, plan: Plan, device: torch.device) -> None:
         if isinstance(model, PreTrainedModel):
             model.tie_weights()
     drain_staging()
+    _check_finite(plan, finite)
 
 
-def _float8(plan: Plan, name: str, found: tuple[Piece, ...], file: Any, device: torch.device) -> Tensor:
-    """The file's fp8 rows as a weight: their bytes and scales are the file's."""
-    wanted = plan.wanted
-    qdata = _placed(_joined([_rows(file, piece) for piece in found]), device)
-    if not raw_finite(qdata):
-        keys = ", ".join(repr(piece.key) for piece in found)
-        raise ValueError(f"{plan.layout.header.path}: {keys} holds NaN, from which every picture would be black")
-    scale = torch.cat([_row_scales(plan, piece) for piece in found]).to(device)
+def _check_finite(plan: Plan, finite: dict[str, Tensor]) -> None:
+    """Raises ValueError for the weights that hold NaN; waits for the device once, and not for every weight."""
+    flags = torch.stack(list(finite.values())).tolist() if finite else []
+    keys = [piece.key for name, sound in zip(finite, flags, strict=True) if not sound for piece in plan.pieces[name]]
+    if keys:
+        raise ValueError(f"{plan.layout.header.path}: {listed(keys)} holds NaN, from which every picture would be black")
+
+
+def _float8(plan: Plan, name: str, found: tuple[Piece, ...], qdata: Tensor) -> Tensor:
+    """The file's fp8 rows, on their device, as a weight: their bytes and scales are the file's."""
+    wanted, device = plan.wanted, qdata.device
+    row_scales = torch.cat([_row_scales(plan, piece) for piece in found])
+    one_value = bool((row_scales == row_scales[0]).all())
+    scale = row_scales.to(device)
     rows, columns = qdata.shape
     dynamic = wanted.method.name == "fp8-dynamic" and not full_precision(plan, name)
     fixed = input_scale(plan, name) if wanted.static and dynamic else None
     if fixed is not None:
         return StaticFloat8Tensor(qdata, scale, fixed.reshape(1, 1).to(device), wanted.dtype)
     # torchao takes a scale [1, 1] over a 128 x 128 weight for DeepSeek's blockwise layout, so that size gets row scales.
-    one_scale = wanted.granularity == "per-tensor" and (rows, columns) != (128, 128) and bool((scale == scale[0]).all())
+    one_scale = wanted.granularity == "per-tensor" and (rows, columns) != (128, 128) and one_value
     mm_config = Float8MMConfig(use_fast_accum=True) if dynamic else None
     activation = QuantizeTensorToFloat8Kwargs(
         granularity=PerTensor() if one_scale else PerRow(), mm_config=mm_config, hp_value_lb=zero_row_bound(wanted.dtype)

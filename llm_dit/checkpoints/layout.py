@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 from .header import Header, TensorEntry
@@ -65,7 +66,7 @@ class Layout:
     dense: Mapping[str, TensorEntry]
     ignored: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, TensorEntry]:
         """Every tensor that is a weight, in fp8 or not, by its name in the file."""
         return {**{key: weight.entry for key, weight in self.fp8.items()}, **self.dense}

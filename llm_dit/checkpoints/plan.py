@@ -118,13 +118,13 @@ def _check_filled(model: nn.Module, layout: Layout, part: Part, pieces: Mapping[
     if missing and len(missing) > 0.5 * len(expected):
         raise failure(
             f"{path} is no checkpoint of this {kind}: it fills {len(expected) - len(missing)} of its {len(expected)} tensors "
-            f"(missing: {_listed(missing)}; not understood: {_listed([pieces[name][0].key for name in extra if pieces[name]])})"
+            f"(missing: {listed(missing)}; not understood: {listed([pieces[name][0].key for name in extra if pieces[name]])})"
         )
     if missing:
-        raise failure(f"{path} does not fill {_listed(missing)} of the {kind}: is it of another size or version of the model?")
+        raise failure(f"{path} does not fill {listed(missing)} of the {kind}: is it of another size or version of the model?")
     if extra:
         keys = [pieces[name][0].key for name in extra if pieces[name]]
-        raise ValueError(f"{path} holds {_listed(keys)}, for which the {kind} has no place: is it of another size or version?")
+        raise ValueError(f"{path} holds {listed(keys)}, for which the {kind} has no place: is it of another size or version?")
     used = {piece.key for found in pieces.values() for piece in found}
     lost = [
         key
@@ -132,7 +132,7 @@ def _check_filled(model: nn.Module, layout: Layout, part: Part, pieces: Mapping[
         if key in layout.fp8 and layout.fp8[key].scale and key not in used and not part.unread.covers(name)
     ]
     if lost:
-        raise ValueError(f"{path}: the scaled fp8 weights {_listed(lost)} land nowhere in the {kind}")
+        raise ValueError(f"{path}: the scaled fp8 weights {listed(lost)} land nowhere in the {kind}")
     for name, tensor in expected.items():
         if name in pieces:
             _check_shape(layout, kind, name, tensor, pieces[name])
@@ -166,7 +166,7 @@ def _check_shape(layout: Layout, kind: str, name: str, tensor: Tensor, found: tu
             )
     rows = sum(piece.stop - piece.start for piece in found)
     if rows != (tensor.shape[0] if tensor.ndim else 1):
-        keys = _listed(sorted({piece.key for piece in found}))
+        keys = listed(sorted({piece.key for piece in found}))
         raise ValueError(f"{layout.header.path}: {keys} give {rows} rows, and {name!r} of the {kind} is {list(tensor.shape)}")
 
 
@@ -253,6 +253,7 @@ def opened(layout: Layout) -> Iterator[Any]:
         yield file
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, quoted, and how many more."""
     shown = ", ".join(repr(name) for name in names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "nothing"

@@ -46,11 +46,14 @@ def probe_finite(model: nn.Module) -> None:
         )
 
 
-def raw_finite(weight: Tensor) -> bool:
-    """True unless the float8 weight holds NaN or, in e5m2, infinity; read in chunks, from the bits."""
+def raw_finite(weight: Tensor) -> Tensor:
+    """A boolean on the weight's device, not waited for: False if the float8 weight holds NaN or, in e5m2, infinity.
+
+    Read in chunks, from the bits.
+    """
     limit = 0x7E if weight.dtype == torch.float8_e4m3fn else 0x7B
     bits = weight.view(torch.uint8)
-    return all(bool(((bits[chunk] & 0x7F) <= limit).all()) for chunk in row_chunks(bits, weight.device))
+    return torch.stack([((bits[chunk] & 0x7F) <= limit).all() for chunk in row_chunks(bits, weight.device)]).all()
 
 
 def _scales_finite(weight: TorchAOBaseTensor) -> bool:

@@ -139,11 +139,11 @@ def test_quantize_rows_on_the_gpu(columns, dtype):
     quantized, scale = quantize_rows(rows, bound)
     reference, expected = quantize_rows_reference(rows, bound)
     # PyTorch multiplies by the reciprocal of 448 on a GPU: the scales differ by a unit in the last place, and so do values near
-    # the middle between two float8 numbers.
+    # the middle between two float8 numbers (in bfloat16 rows many values are exactly there: up to half a percent of a row).
     torch.testing.assert_close(scale, expected, rtol=2.0**-22, atol=0)
     steps = (quantized.view(torch.uint8).int() - reference.view(torch.uint8).int()).abs()
     assert steps.max() <= 1
-    assert (steps > 0).float().mean() < 1e-3 or columns < 1000
+    assert (steps > 0).float().mean() < 1e-2 or columns < 1000
     if dtype != torch.float16:
         seen = rows.abs().amax(dim=1) > bound  # smaller rows become zeros
         check_quantized(rows[seen], quantized[seen], scale[seen], 0.07 if columns == 1 else FP8_ERROR)
