@@ -15,6 +15,7 @@ from torch import nn
 from .backends import ComponentRequest
 from .backends.checkpoint import load_planned, require_kept_support
 from .building import build_empty, component_class
+from .checkpoints.again import remember_plan
 from .checkpoints.header import read_header
 from .checkpoints.layout import Layout, read_layout
 from .checkpoints.names import Part
@@ -42,6 +43,7 @@ class FileComponent:
     def load(self, device: torch.device) -> tuple[nn.Module, ComponentReport]:
         """The filled component and its report."""
         stats = load_planned(self.model, self.plan, self.name, device)
+        remember_plan(self.model, self.plan)
         backend = "checkpoint" if self.plan.kept else ("torchao" if stats["quantized_layers"] else None)
         report = component_report(
             self.name,

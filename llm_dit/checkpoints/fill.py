@@ -52,6 +52,12 @@ def load_component(model: nn.Module, plan: Plan, device: torch.device) -> None:
     _check_finite(plan, finite)
 
 
+def read_weight(plan: Plan, name: str) -> Tensor:
+    """A parameter, on the host, as it was read before it was quantized."""
+    with opened(plan.layout) as file:
+        return _dense(plan, plan.pieces[name], file)
+
+
 def _check_finite(plan: Plan, finite: dict[str, Tensor]) -> None:
     """Raises ValueError for the weights that hold NaN; waits for the device once, and not for every weight."""
     flags = torch.stack(list(finite.values())).tolist() if finite else []

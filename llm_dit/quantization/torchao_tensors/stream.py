@@ -24,8 +24,8 @@ from .staging import drain_staging, staging_for
 CHUNK_ELEMENTS = {"cpu": 512 * 1024}
 """Elements quantized at a time on a kind of device. On the CPU a chunk's scratch (8 MB) stays in the cache, and glibc reuses one
 hole in its heap for it; larger chunks left holes between the results, which doubled the peak of a load."""
-GPU_CHUNK_ELEMENTS = 16 * 1024 * 1024
-"""The same on every other device: about 200 MB of scratch at 12 bytes each, and few enough launches."""
+GPU_CHUNK_ELEMENTS = 8 * 1024 * 1024
+"""The same on every other device: about 100 MB of scratch at 12 bytes each, and few enough launches."""
 
 
 class WeightQuantizer(Protocol):

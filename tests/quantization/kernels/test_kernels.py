@@ -28,7 +28,8 @@ from llm_dit.quantization.torchao_tensors.stream import quantize_weight
 BOUND = 1e-12
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-FP8_ERROR = 0.03
+FP8_ERROR = 0.033
+"""Three mantissa bits round by 0.026 on average; a row of 100 values strays from it."""
 
 
 def error(value, reference):
@@ -39,7 +40,7 @@ def error(value, reference):
 
 def special_rows(columns, device="cpu", dtype=torch.bfloat16):
     """Noise, a row of zeros, a row with one value, huge and tiny rows."""
-    rows = torch.randn(6, columns, device=device, dtype=torch.float32)
+    rows = torch.randn(6, columns, generator=torch.Generator().manual_seed(columns)).to(device)
     rows[1] = 0
     rows[2] = 0
     rows[2, columns // 2] = 3

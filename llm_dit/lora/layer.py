@@ -1,0 +1,100 @@
+"""peft's LoRA layer over a quantized weight, with fusing that rounds once and is undone exactly.
+
+peft's own (`TorchaoLoraLinear`) dequantizes, adds and quantizes again in new memory, for the int8 and fp8 of torchao's
+configurations only; a second fusing starts from the rounded sum of the first. This one starts from the original each time
+(`originals`) and writes into the memory of the weight, so that compiled code and graphs stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from ..checkpoints.again import Reader
+from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_, requantizing_config
+from ..quantization.torchao_tensors.stream import fetch, row_chunks
+from .originals import Original, dequantized, original_of
+
+
+class QuantizedLoraLinear(LoraLinear):
+    """A Linear with a quantized weight and LoRA branches beside it; made of a peft layer by `adopt`."""
+
+    readers: Callable[[], Iterable[Reader]]
+    """Ways to read the weight again, asked for when something is fused for the first time."""
+    original: Original | None = None
+    """The weight without what is fused into it; None while nothing is."""
+    fused: dict[str, float]
+    """The scaling of every adapter when it was fused."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fuses adapters, by default the active ones, in addition to those that are fused already.
+
+        Raises:
+            ValueError: if the sum is not finite, or an adapter is more than a LoRA (DoRA); nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        strange = [name for name in names if name in self.lora_variant or self.lora_bias.get(name)]
+        if strange:
+            raise ValueError(
+                f"adapter {strange[0]!r} is more than a LoRA (DoRA, or one with biases), which cannot be fused into a quantized "
+                "weight: leave it unfused, or fuse it in bf16 and quantize then"
+            )
+        weight = self.get_base_layer().weight
+        original = self.original or original_of(weight, self.readers())
+        fused = {**self.fused, **{name: self.scaling[name] for name in names}}
+        requantize_(weight, self._sum(original.values(weight), weight.device, fused))
+        self.original, self.fused = original, fused
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Undoes all fusing: the weight has the bits that it had before."""
+        if self.original is not None:
+            self.original.restore(self.get_base_layer().weight)
+        self.original, self.fused = None, {}
+        self.merged_adapters.clear()
+
+    def fusing_noise(self) -> float:
+        """Energy of the weight as it is now minus that of the sum it was quantized from, relative to the latter."""
+        weight = self.get_base_layer().weight
+        assert self.original is not None
+        wanted = self._sum(self.original.values(weight), weight.device, self.fused).double()
+        return float((dequantized(weight).double() - wanted).square().sum() / wanted.square().sum())
+
+    @torch.no_grad()
+    def _sum(self, values: Tensor, device: torch.device, fused: dict[str, float]) -> Tensor:
+        """[N, K] on `device`, in the dtype of `values`: them plus the product of every adapter, added in float32 in chunks of rows."""
+        result = torch.empty(values.shape, dtype=values.dtype, device=device)
+        for chunk in row_chunks(values, device):
+            rows = fetch(values[chunk], device).to(torch.float32, copy=True)
+            for name, scaling in fused.items():
+                up, down = self.lora_B[name].weight, self.lora_A[name].weight
+                rows.addmm_(up[chunk].to(device).float(), down.to(device).float(), alpha=scaling)
+            result[chunk] = rows.to(values.dtype)
+        return result
+
+
+def adopt(layer: Any, readers: Callable[[], Iterable[Reader]]) -> None:
+    """Makes a peft layer over a weight that is quantized in a way of ours a `QuantizedLoraLinear`, in place; leaves any other."""
+    if isinstance(layer, QuantizedLoraLinear) or not isinstance(layer, LoraLinear):
+        return
+    weight: Any = layer.get_base_layer().weight
+    if not isinstance(weight, TorchAOBaseTensor) and weight.dtype not in RAW_FLOAT8:
+        return
+    if isinstance(weight, TorchAOBaseTensor):
+        try:
+            requantizing_config(weight)
+        except ValueError:
+            return  # another library's; peft says what it can do with it
+    # peft chooses the class itself, by the type of the weight, and asks nobody (`dispatch_torchao`): changed afterwards. A
+    # dispatcher that could be registered (huggingface/peft, `LoraConfig._register_custom_module` is per configuration, which
+    # diffusers makes) would replace this.
+    layer.__class__ = QuantizedLoraLinear
+    layer.readers, layer.original, layer.fused = readers, None, {}
