@@ -32,6 +32,7 @@ from .loader import (
     saved_method,
     was_layerwise,
 )
+from .lora.mixin import QuantizedLoraMixin
 from .quantization import (
     METHODS,
     ComponentReport,
@@ -53,7 +54,7 @@ _KEEP_DTYPES: ContextVar[bool] = ContextVar("keep_dtypes", default=False)
 """True inside a `from_pipe` without a dtype: diffusers ends it with `.to(float32)`, whose default cannot be turned off."""
 
 
-class QuantizablePipelineMixin(DiffusionPipeline):
+class QuantizablePipelineMixin(QuantizedLoraMixin, DiffusionPipeline):
     """Mixed into a diffusers pipeline class, before it in the bases.
 
     A subclass changes what happens to a component by overriding `component_role`, `component_request` or
@@ -62,6 +63,7 @@ class QuantizablePipelineMixin(DiffusionPipeline):
 
     family: ClassVar[Family]
     _report: QuantizationReport | None = None
+    _fusing_notes: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -252,6 +254,12 @@ class QuantizablePipelineMixin(DiffusionPipeline):
         config = json.loads(super().to_json_string())
         config["_class_name"] = diffusers_class(type(self)).__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _note_fusing(self, notes: list[str]) -> None:
+        report = self.quantization_report
+        kept = [note for note in report.notes if note not in self._fusing_notes]
+        self._fusing_notes = tuple(notes)
+        self._report = replace(report, notes=(*kept, *notes))
 
     @classmethod
     def _check_components(cls, request: LoadRequest, roles: Mapping[str, str], without: Container[str]) -> None:

@@ -49,7 +49,7 @@ class QuantizedLoraLinear(LoraLinear):
             )
         weight = self.get_base_layer().weight
         original = self.original or original_of(weight, self.readers())
-        fused = {**self.fused, **{name: self.scaling[name] for name in names}}
+        fused = {**self.fused, **{name: float(self.scaling[name]) for name in names}}
         requantize_(weight, self._sum(original.values(weight), weight.device, fused))
         self.original, self.fused = original, fused
         self.merged_adapters.extend(names)

@@ -1,9 +1,9 @@
-"""LoRAs in pipelines whose transformers are quantized: loading checks them, and fusing and unfusing are ours (`layer`)."""
+"""LoRAs in pipelines whose models are quantized: what is loaded is checked, and what is fused is ours to fuse (`layer`)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from math import log10
@@ -15,18 +15,127 @@ from torch import nn
 from ..checkpoints.again import weight_readers
 from ..quantization.torchao_tensors.requantize import RAW_FLOAT8
 
-Adapters = dict[tuple[str, str], set[str]]
+
+def require_peft() -> None:
+    """Raises ImportError, saying what to install, where peft is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("LoRAs need peft, which is not installed: pip install 'llm-dit[lora]'") from error
 
 
 @contextmanager
-def loading(models: dict[str, nn.Module]) -> Iterator[None]:
-    """Around diffusers' `load_lora_weights`.
+def loading(models: Mapping[str, nn.Module], hotswap: bool = False) -> Iterator[None]:
+    """Around diffusers' `load_lora_weights`, which loads into `models`.
 
     Raises:
-        ValueError: if nothing of what was loaded belongs to one of `models`, or it holds NaN or infinity; it is not loaded then.
+        ValueError: if nothing of the LoRA belongs to one of `models`, or it holds NaN or infinity; nothing stays loaded then.
     """
-    before = {id(parameter) for model in models.values() for _, parameter in _adapter_parameters(model)}
+    known = {name: _adapters(model) for name, model in models.items()}
     with _sixteen_bit_stand_ins(models.values()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # fusing is ours, and needs none
         yield
-    ...
+    added = {name: _adapters(model) - known[name] for name, model in models.items()}
+    if not hotswap and not any(added.values()):
+        raise ValueError(
+            f"the LoRA has no weight for {' or '.join(models) or 'any model of this pipeline'}: its names belong to another family, or to "
+            "a text encoder alone; nothing was loaded"
+        )
+    for name, model in models.items():
+        _require_finite(name, model, _adapters(model) if hotswap else added[name])
+        adopt_layers(model)
+
+
+def adopt_layers(model: nn.Module) -> None:
+    """Makes every LoRA layer of `model` over a quantized weight fuse as ours do."""
+    from peft.tuners.lora import LoraLayer
+
+    from .layer import adopt
+
+    readers_of = weight_readers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            adopt(module, partial(readers_of, f"{name}.weight"))
+
+
+def fusing_notes(models: Mapping[str, nn.Module]) -> Iterator[str]:
+    """For every model with fused LoRAs, from what they were fused, and what it cost where that was rounded before."""
+    from .layer import QuantizedLoraLinear
+
+    for name, model in models.items():
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLoraLinear) and m.original is not None]
+        rounded = [layer for layer in layers if not layer.original.exact]
+        if not layers:
+            continue
+        adapters = ", ".join(sorted({adapter for layer in layers for adapter in layer.fused}))
+        if not rounded:
+            yield f"{name}: LoRA {adapters} fused into {len(layers)} layers, from their weights in the checkpoint"
+            continue
+        noise = sum(layer.fusing_noise() for layer in rounded) / len(rounded)
+        ratio = f"{-10 * log10(noise):.1f} dB" if noise > 0 else "no error"
+        yield (
+            f"{name}: LoRA {adapters} fused into {len(layers)} layers, {len(rounded)} of them from quantized weights, because their "
+            f"checkpoint cannot be read again: rounding twice, the second time at {ratio}; load from the bf16 weights to round once"
+        )
+
+
+def _adapters(model: Any) -> frozenset[str]:
+    return frozenset(getattr(model, "peft_config", None) or ())
+
+
+def _require_finite(name: str, model: Any, adapters: Iterable[str]) -> None:
+    """Raises ValueError, and deletes the adapter, if one of its weights is not finite."""
+    for adapter in adapters:
+        part = f".{adapter}."
+        sound = [
+            (parameter_name, torch.isfinite(parameter).all())
+            for parameter_name, parameter in model.named_parameters()
+            if part in parameter_name and "lora_" in parameter_name
+        ]
+        bad = [parameter_name for parameter_name, finite in sound if not bool(finite)]
+        if bad:
+            model.delete_adapters(adapter)
+            raise ValueError(
+                f"the LoRA {adapter!r} holds NaN or infinity in {bad[0].replace(part, '.')!r} of the {name}"
+                f"{f' and {len(bad) - 1} more weights' if len(bad) > 1 else ''}, and was not loaded"
+            )
+
+
+@contextmanager
+def _sixteen_bit_stand_ins(models: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, Linears that are cast to raw float8 seem to be in bfloat16, to which peft then casts the adapters.
+
+    It casts them to the dtype of the weight beside them, and adapters in float8 have lost most of their digits and cannot be
+    multiplied.
+    """
+    cast = [
+        (module, module.weight)
+        for model in models
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight.dtype in RAW_FLOAT8
+    ]
+    for module, weight in cast:
+        stand_in = torch.zeros((), dtype=torch.bfloat16, device=weight.device).expand(weight.shape)
+        module.weight = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in cast:
+            module.weight = weight
+
+
+@contextmanager
+def settle_scaling(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Around diffusers' `fuse_lora`, which multiplies an adapter's scale by `lora_scale` and never divides it again.
+
+    A layer of ours keeps what it fused with; its adapter keeps its own scale, so that fusing once more is fusing the same.
+    """
+    from .layer import QuantizedLoraLinear
+
+    layers = [module for model in models for module in model.modules() if isinstance(module, QuantizedLoraLinear)]
+    scaling = [dict(layer.scaling) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, scaling, strict=True):
+            layer.scaling.update(before)

@@ -1,0 +1,60 @@
+"""The LoRA methods of a pipeline, as diffusers has them, over quantized models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .loading import adopt_layers, fusing_notes, loading, require_peft, settle_scaling
+
+
+class QuantizedLoraMixin:
+    """Before a diffusers pipeline in the bases; see the methods of the same names there."""
+
+    _lora_loadable_modules: list[str]
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, beside quantized weights of any kind.
+
+        Raises:
+            ImportError: without peft.
+            ValueError: if no weight of the LoRA belongs to this pipeline, or one is NaN or infinite.
+        """
+        require_peft()
+        with loading(self._lora_models(), hotswap=bool(kwargs.get("hotswap"))):
+            self._diffusers("load_lora_weights")(*args, **kwargs)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; a quantized weight is dequantized or, where its checkpoint is still there, read again, added to and
+        quantized in its own memory, one at a time. The report says which.
+
+        Raises:
+            ValueError: if a sum is not finite, or an adapter is more than a LoRA (DoRA).
+        """
+        require_peft()
+        models = self._lora_models()
+        for model in models.values():
+            adopt_layers(model)  # of adapters that were loaded into the model and not through the pipeline
+        with settle_scaling(models.values()):
+            self._diffusers("fuse_lora")(*args, **kwargs)
+        self._note_fusing(list(fusing_notes(models)))
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; quantized weights have the bits again that they had before `fuse_lora`."""
+        require_peft()
+        self._diffusers("unfuse_lora")(*args, **kwargs)
+        self._note_fusing(list(fusing_notes(self._lora_models())))
+
+    def _note_fusing(self, notes: list[str]) -> None:
+        """Takes what the report is to say of fused LoRAs, in the place of what it said before."""
+
+    def _lora_models(self) -> dict[str, nn.Module]:
+        models = {name: getattr(self, name, None) for name in getattr(self, "_lora_loadable_modules", ())}
+        return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+
+    def _diffusers(self, method: str) -> Any:
+        found = getattr(super(), method, None)
+        if found is None:
+            raise AttributeError(f"{type(self).__name__} takes no LoRAs: it has no model for them")
+        return found
