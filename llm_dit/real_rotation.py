@@ -1,8 +1,8 @@
 """Rotary embeddings that a model writes as products of complex numbers, compiled as real arithmetic.
 
-Qwen-Image and Z-Image rotate queries and keys by `view_as_real(view_as_complex(x) * table)`. Inductor generates no code for complex
-numbers: such a product becomes kernels of its own, which read and write float32, between others that could have done it on the
-way. The pass below, at inductor's own extension point `post_grad_custom_pre_pass`, writes (a + bi)(c + di) as the real operators
+Qwen-Image and Z-Image rotate queries and keys by `view_as_real(view_as_complex(x) * table)`. Inductor generates no code for
+complex numbers: such a product becomes kernels of its own, which read and write float32, between others that could have done it
+on the way. The pass below, at inductor's own extension point `post_grad_custom_pre_pass`, writes (a + bi)(c + di) as the real operators
 x * c + flip(x) * [-d, d], x being the pairs [a, b]; inductor fuses them with the norm before and the cast after.
 """
 

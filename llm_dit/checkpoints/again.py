@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -23,26 +23,50 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
 
 def remember_plan(model: nn.Module, plan: Plan) -> None:
-    """Lets `weight_readers` find the file that `model` was filled from."""
+    """Lets `weights_of` find the file that `model` was filled from."""
     _PLANS[model] = replace(plan, layers=[])
 
 
-def weight_readers(model: Any) -> Callable[[str], Iterator[Reader]]:
-    """From a parameter's name, the ways to read it again; none for fp8 that was taken over as it is, which has no other form.
+class Weights(Protocol):
+    """From a parameter's name, the ways to read it again."""
 
-    A component of a single file is found there, any other in the folder that its configuration names. Several files of a folder
-    may hold a weight (variants): the caller compares.
-    """
+    def __call__(self, name: str) -> Iterator[Reader]: ...
+
+
+@dataclass(frozen=True)
+class FileWeights:
+    """In the file of a plan; fp8 that was taken over as it is has no other form, and no reader."""
+
+    plan: Plan
+
+    def __call__(self, name: str) -> Iterator[Reader]:
+        if name in self.plan.pieces and name not in self.plan.kept:
+            yield partial(read_weight, self.plan, name)
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """In the safetensors files of a folder; several may hold a weight (variants), and the caller compares."""
+
+    holders: Mapping[str, Sequence[Path]]
+
+    def __call__(self, name: str) -> Iterator[Reader]:
+        for path in self.holders.get(name, ()):
+            yield partial(_read, path, name)
+
+
+def weights_of(model: Any) -> Weights:
+    """Where the weights of `model` came from: the single file that it was filled from, or the folder that its config names."""
     plan = _PLANS.get(model)
     if plan is not None:
-        return lambda name: iter(() if name in plan.kept or name not in plan.pieces else (partial(read_weight, plan, name),))
+        return FileWeights(plan)
     config = getattr(model, "config", None)
-    source = config.get("_name_or_path", "") if isinstance(config, dict) else getattr(config, "_name_or_path", "")
+    source = config.get("_name_or_path", "") if isinstance(config, Mapping) else getattr(config, "_name_or_path", "")
     holders: dict[str, list[Path]] = {}
     for path in sorted(Path(source).glob("*.safetensors")) if source else ():
         for name in read_header(path).tensors:
             holders.setdefault(name, []).append(path)
-    return lambda name: (partial(_read, path, name) for path in holders.get(name, ()))
+    return FolderWeights(holders)
 
 
 def _read(path: Path, name: str) -> Tensor:

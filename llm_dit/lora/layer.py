@@ -1,8 +1,9 @@
-"""peft's LoRA layer over a quantized weight, with fusing that rounds once and is undone exactly.
+"""peft's LoRA layer with fusing that rounds once and is undone exactly, over quantized weights and those left in 16 bits.
 
 peft's own (`TorchaoLoraLinear`) dequantizes, adds and quantizes again in new memory, for the int8 and fp8 of torchao's
-configurations only; a second fusing starts from the rounded sum of the first. This one starts from the original each time
-(`originals`) and writes into the memory of the weight, so that compiled code and graphs stay valid.
+configurations only; a second fusing starts from the rounded sum of the first, and in 16 bits subtraction leaves its rounding
+behind. This one starts from the original each time (`originals`) and writes into the memory of the weight, so that compiled code
+and graphs stay valid.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..checkpoints.again import Reader
-from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_, requantizing_config
+from ..quantization.torchao_tensors.requantize import requantize_, requantizing_config
 from ..quantization.torchao_tensors.stream import fetch, row_chunks
 from .originals import Original, dequantized, original_of
 
 
-class QuantizedLoraLinear(LoraLinear):
-    """A Linear with a quantized weight and LoRA branches beside it; made of a peft layer by `adopt`."""
+class ExactLoraLinear(LoraLinear):
+    """A Linear, quantized or not, with LoRA branches beside it; made of a peft layer by `adopt`."""
 
     readers: Callable[[], Iterable[Reader]]
     """Ways to read the weight again, asked for when something is fused for the first time."""
@@ -47,7 +48,7 @@ class QuantizedLoraLinear(LoraLinear):
                 f"adapter {strange[0]!r} is more than a LoRA (DoRA, or one with biases), which cannot be fused into a quantized "
                 "weight: leave it unfused, or fuse it in bf16 and quantize then"
             )
-        weight = self.get_base_layer().weight
+        weight: Any = self.get_base_layer().weight
         original = self.original or original_of(weight, self.readers())
         fused = {**self.fused, **{name: float(self.scaling[name]) for name in names}}
         requantize_(weight, self._sum(original.values(weight), weight.device, fused))
@@ -57,44 +58,46 @@ class QuantizedLoraLinear(LoraLinear):
     def unmerge(self) -> None:
         """Undoes all fusing: the weight has the bits that it had before."""
         if self.original is not None:
-            self.original.restore(self.get_base_layer().weight)
+            weight: Any = self.get_base_layer().weight
+            self.original.restore(weight)
         self.original, self.fused = None, {}
         self.merged_adapters.clear()
 
     def fusing_noise(self) -> float:
         """Energy of the weight as it is now minus that of the sum it was quantized from, relative to the latter."""
-        weight = self.get_base_layer().weight
+        weight: Any = self.get_base_layer().weight
         assert self.original is not None
         wanted = self._sum(self.original.values(weight), weight.device, self.fused).double()
         return float((dequantized(weight).double() - wanted).square().sum() / wanted.square().sum())
 
     @torch.no_grad()
     def _sum(self, values: Tensor, device: torch.device, fused: dict[str, float]) -> Tensor:
-        """[N, K] on `device`, in the dtype of `values`: them plus the product of every adapter, added in float32 in chunks of rows."""
+        """[N, K] on `device`, in the dtype of `values`: them plus every adapter's product, added in float32, chunk by chunk."""
         result = torch.empty(values.shape, dtype=values.dtype, device=device)
         for chunk in row_chunks(values, device):
             rows = fetch(values[chunk], device).to(torch.float32, copy=True)
             for name, scaling in fused.items():
-                up, down = self.lora_B[name].weight, self.lora_A[name].weight
+                up: Any = self.lora_B[name].weight
+                down: Any = self.lora_A[name].weight
                 rows.addmm_(up[chunk].to(device).float(), down.to(device).float(), alpha=scaling)
             result[chunk] = rows.to(values.dtype)
         return result
 
 
 def adopt(layer: Any, readers: Callable[[], Iterable[Reader]]) -> None:
-    """Makes a peft layer over a weight that is quantized in a way of ours a `QuantizedLoraLinear`, in place; leaves any other."""
-    if isinstance(layer, QuantizedLoraLinear) or not isinstance(layer, LoraLinear):
+    """Makes a peft layer over a Linear an `ExactLoraLinear`, in place; leaves one whose weight another library quantized."""
+    if isinstance(layer, ExactLoraLinear) or not isinstance(layer, LoraLinear):
         return
-    weight: Any = layer.get_base_layer().weight
-    if not isinstance(weight, TorchAOBaseTensor) and weight.dtype not in RAW_FLOAT8:
-        return
+    weight: Any = getattr(layer.get_base_layer(), "weight", None)
     if isinstance(weight, TorchAOBaseTensor):
         try:
             requantizing_config(weight)
         except ValueError:
-            return  # another library's; peft says what it can do with it
+            return  # peft says what it can do with it
+    elif not torch.is_tensor(weight) or type(weight.data) is not Tensor:
+        return
     # peft chooses the class itself, by the type of the weight, and asks nobody (`dispatch_torchao`): changed afterwards. A
     # dispatcher that could be registered (huggingface/peft, `LoraConfig._register_custom_module` is per configuration, which
     # diffusers makes) would replace this.
-    layer.__class__ = QuantizedLoraLinear
+    layer.__class__ = ExactLoraLinear
     layer.readers, layer.original, layer.fused = readers, None, {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.again import weight_readers
+from ..checkpoints.again import weights_of
 from ..quantization.torchao_tensors.requantize import RAW_FLOAT8
 
 
@@ -38,8 +38,8 @@ def loading(models: Mapping[str, nn.Module], hotswap: bool = False) -> Iterator[
     added = {name: _adapters(model) - known[name] for name, model in models.items()}
     if not hotswap and not any(added.values()):
         raise ValueError(
-            f"the LoRA has no weight for {' or '.join(models) or 'any model of this pipeline'}: its names belong to another family, or to "
-            "a text encoder alone; nothing was loaded"
+            f"the LoRA has no weight for {' or '.join(models) or 'any model of this pipeline'}: its names belong to another "
+            "family, or to a text encoder alone; nothing was loaded"
         )
     for name, model in models.items():
         _require_finite(name, model, _adapters(model) if hotswap else added[name])
@@ -52,19 +52,19 @@ def adopt_layers(model: nn.Module) -> None:
 
     from .layer import adopt
 
-    readers_of = weight_readers(model)
+    weights = weights_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            adopt(module, partial(readers_of, f"{name}.weight"))
+            adopt(module, partial(weights, f"{name}.weight"))
 
 
 def fusing_notes(models: Mapping[str, nn.Module]) -> Iterator[str]:
     """For every model with fused LoRAs, from what they were fused, and what it cost where that was rounded before."""
-    from .layer import QuantizedLoraLinear
+    from .layer import ExactLoraLinear
 
     for name, model in models.items():
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLoraLinear) and m.original is not None]
-        rounded = [layer for layer in layers if not layer.original.exact]
+        layers = [m for m in model.modules() if isinstance(m, ExactLoraLinear) and m.original is not None]
+        rounded = [layer for layer in layers if layer.original and not layer.original.exact]
         if not layers:
             continue
         adapters = ", ".join(sorted({adapter for layer in layers for adapter in layer.fused}))
@@ -74,8 +74,8 @@ def fusing_notes(models: Mapping[str, nn.Module]) -> Iterator[str]:
         noise = sum(layer.fusing_noise() for layer in rounded) / len(rounded)
         ratio = f"{-10 * log10(noise):.1f} dB" if noise > 0 else "no error"
         yield (
-            f"{name}: LoRA {adapters} fused into {len(layers)} layers, {len(rounded)} of them from quantized weights, because their "
-            f"checkpoint cannot be read again: rounding twice, the second time at {ratio}; load from the bf16 weights to round once"
+            f"{name}: LoRA {adapters} fused into {len(layers)} layers, {len(rounded)} of them from quantized weights, because "
+            f"their checkpoint cannot be read again: rounding twice, now at {ratio}; load from the bf16 weights to round once"
         )
 
 
@@ -130,9 +130,9 @@ def settle_scaling(models: Iterable[nn.Module]) -> Iterator[None]:
 
     A layer of ours keeps what it fused with; its adapter keeps its own scale, so that fusing once more is fusing the same.
     """
-    from .layer import QuantizedLoraLinear
+    from .layer import ExactLoraLinear
 
-    layers = [module for model in models for module in model.modules() if isinstance(module, QuantizedLoraLinear)]
+    layers = [module for model in models for module in model.modules() if isinstance(module, ExactLoraLinear)]
     scaling = [dict(layer.scaling) for layer in layers]
     try:
         yield

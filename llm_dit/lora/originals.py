@@ -19,7 +19,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from ..checkpoints.again import Reader
 from ..quantization.sizes import plain_parts
-from ..quantization.torchao_tensors.requantize import requantize_
+from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def dequantized(weight: Any) -> Tensor:
 
 
 def stands_for(weight: Any) -> torch.dtype:
-    """The dtype that a quantized weight was made from; raw float8 does not say, and is taken for bfloat16."""
-    return weight.dtype if isinstance(weight, TorchAOBaseTensor) else torch.bfloat16
+    """The dtype that a weight was made from; raw float8 does not say, and is taken for bfloat16."""
+    return torch.bfloat16 if weight.dtype in RAW_FLOAT8 else weight.dtype
 
 
 def _copied(weight: Tensor, device: torch.device) -> Tensor:

@@ -59,6 +59,10 @@ class Method:
     in_features_multiple_of: int = 1
     compile_note: str = ""
 
+    def __reduce__(self) -> tuple[Callable[[str], Method], tuple[str]]:
+        """Pickled and copied by name: there is one of each."""
+        return get_method, (self.name,)
+
 
 _ROWS: Final = (
     Method("none", "bf16, nothing is quantized", 2),

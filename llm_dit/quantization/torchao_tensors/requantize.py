@@ -23,7 +23,7 @@ def requantize_(weight: Tensor, values: Tensor) -> None:
     """Quantizes `values` as `weight` is quantized, into the memory of `weight`.
 
     Args:
-        weight: [N, K], quantized by a method of ours or cast to raw float8.
+        weight: [N, K], quantized by a method of ours, cast to raw float8, or not quantized.
         values: [N, K] in the dtype that `weight` stands for, on any device.
 
     Raises:
@@ -60,11 +60,11 @@ def requantizing_config(weight: Any) -> AOBaseConfig:
 
 
 def _cast_(weight: Tensor, values: Tensor) -> None:
-    """Casts to raw float8; values beyond its range are clamped, which the cast would turn into NaN."""
-    if weight.dtype not in RAW_FLOAT8:
-        raise ValueError(f"a weight in {weight.dtype} is not quantized")
+    """Casts; values beyond the range of float8 are clamped, which the cast would turn into NaN."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError("the weight holds NaN or infinity")
     limit = torch.finfo(weight.dtype).max
     for chunk in row_chunks(weight, weight.device):
-        store(weight[chunk], fetch(values[chunk], weight.device).clamp(-limit, limit).to(weight.dtype))
+        part = fetch(values[chunk], weight.device)
+        part = part.clamp(-limit, limit) if weight.dtype in RAW_FLOAT8 else part
+        store(weight[chunk], part.to(weight.dtype))
