@@ -2,8 +2,8 @@
 
 Qwen-Image and Z-Image rotate queries and keys by `view_as_real(view_as_complex(x) * table)`. Inductor generates no code for
 complex numbers: such a product becomes kernels of its own, which read and write float32, between others that could have done it
-on the way. The pass below, at inductor's own extension point `post_grad_custom_pre_pass`, writes (a + bi)(c + di) as the real operators
-x * c + flip(x) * [-d, d], x being the pairs [a, b]; inductor fuses them with the norm before and the cast after.
+on the way. The pass below, at inductor's own extension point `post_grad_custom_pre_pass`, writes (a + bi)(c + di) as the real
+operators x * c + flip(x) * [-d, d], x being the pairs [a, b]; inductor fuses them with the norm before and the cast after.
 """
 
 from __future__ import annotations

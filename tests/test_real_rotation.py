@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from torch.utils._pytree import tree_map
 
 from llm_dit.real_rotation import RealRotation
 

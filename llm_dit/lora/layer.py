@@ -100,4 +100,5 @@ def adopt(layer: Any, readers: Callable[[], Iterable[Reader]]) -> None:
     # dispatcher that could be registered (huggingface/peft, `LoraConfig._register_custom_module` is per configuration, which
     # diffusers makes) would replace this.
     layer.__class__ = ExactLoraLinear
-    layer.readers, layer.original, layer.fused = readers, None, {}
+    adopted: Any = layer
+    adopted.readers, adopted.original, adopted.fused = readers, None, {}
