@@ -92,3 +92,27 @@ def checkpoint(
 
     place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-checkpoint"
     report(plan(geometry or ["tiny-klein"], place, steps, timeout), print_plain, output, table, None, again)
+
+
+@bench_app.command()
+def lora(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, z-image, tiny-klein ...; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}; repeatable; all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the bf16 model lies while it runs.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
+) -> None:
+    """Fusing 1, 2 and 4 LoRAs into quantized weights: seconds and peak memory."""
+    import tempfile
+
+    from .bench.lora import plan
+    from .bench.results import report
+    from .quantization import VALID_METHODS
+
+    place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-lora"
+    methods = method or [name for name in VALID_METHODS if name != "none"]
+    report(plan(geometry or ["tiny-klein"], methods, place, timeout), print_plain, output, table, None, again)

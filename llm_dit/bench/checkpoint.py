@@ -84,9 +84,8 @@ def _row(function: Callable[..., Row], *args: Any, timeout_s: float) -> Row:
         return {"error": str(error)}
 
 
-def build(folder: Path, name: str) -> Row:
-    """Saves a pipeline whose transformer has the geometry, everything else tiny, and the converted file beside it."""
-    from ..checkpoints.convert import convert
+def build_bf16(folder: Path, name: str) -> None:
+    """Saves a pipeline whose transformer has the geometry, everything else tiny."""
     from ..tiny import build as build_tiny
 
     geometry = GEOMETRIES[name]
@@ -95,10 +94,17 @@ def build(folder: Path, name: str) -> Row:
         pipe = build_tiny(geometry.tiny)
         pipe.transformer = geometry.build(device)
         pipe.save_pretrained(folder, max_shard_size="5GB")
+
+
+def build(folder: Path, name: str) -> Row:
+    """The same, and the converted file beside it."""
+    from ..checkpoints.convert import convert
+
+    build_bf16(folder, name)
     start = time.perf_counter()
     target = folder / "fp8.safetensors"
     if not target.exists():
-        convert(folder, target, _LAYOUTS.get(geometry.family, "comfy"))
+        convert(folder, target, _LAYOUTS.get(GEOMETRIES[name].family, "comfy"))
     return {"convert_s": time.perf_counter() - start}
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..checkpoints.again import Reader
+from ..quantization.kernels import dequantize_rows
 from ..quantization.sizes import plain_parts
+from ..quantization.torchao_tensors.fused import FusedFloat8Tensor, FusedInt8Tensor
 from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ def _from_files(weight: Tensor, readers: Iterable[Reader]) -> Iterator[Original]
 
 def dequantized(weight: Any) -> Tensor:
     """[N, K], of a quantized weight or one in raw float8."""
+    if isinstance(weight, FusedFloat8Tensor | FusedInt8Tensor):  # torchao's own way passes through float32
+        return dequantize_rows(weight.qdata, weight.scale, weight.dtype)
     values = weight.dequantize() if isinstance(weight, TorchAOBaseTensor) else weight
     return values.to(stands_for(weight))
 
