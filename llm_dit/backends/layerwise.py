@@ -89,7 +89,9 @@ class LayerwiseBackend:
 
 def _apply(model: nn.Module, request: ComponentRequest, planned: set[str] | None = None) -> None:
     """Puts diffusers' casting on `model`; where `planned` is given, on those of its modules alone."""
-    left = tuple(f"^{re.escape(name)}$" for name, module in model.named_modules() if _must_stay(name, module, request, planned))
+    names = [re.escape(name) for name, module in model.named_modules() if _must_stay(name, module, request, planned)]
+    # One pattern: diffusers searches every module's name for each, and Python keeps no more than 512 compiled.
+    left = (f"^({'|'.join(names)})$",) if names else ()
     if isinstance(model, ModelMixin):
         model.enable_layerwise_casting(STORAGE_DTYPE, request.dtype, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *left))
     else:
