@@ -7,6 +7,9 @@ cloning, flattening for `torch.compile` and, registered with :func:`serializable
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +42,22 @@ def run_dequantized(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: 
     return func(*operands, **keywords)
 
 
+@cache
+def _code_hash() -> str:
+    """Of the files that say what a compiler traces."""
+    folder = Path(__file__).parent
+    files = (*sorted(folder.glob("*.py")), *sorted((folder.parent / "kernels").glob("*.py")))
+    return blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
+
+
+def _stable_hash(weight: TorchAOBaseTensor) -> str:
+    names, attributes = weight.__tensor_flatten__()
+    parts = [getattr(weight, name) for name in names]
+    traits = [(part.shape, part.stride(), part.dtype, part.device, part.requires_grad) for part in parts]
+    key = (type(weight).__qualname__, weight.shape, weight.dtype, weight.requires_grad, names, traits, attributes, _code_hash())
+    return blake2b(repr(key).encode(), digest_size=16).hexdigest()
+
+
 def serializable(cls: T) -> T:
     """Lets torchao's safetensors support and `torch.load(weights_only=True)` take `cls`.
 
@@ -48,12 +67,18 @@ def serializable(cls: T) -> T:
     if cls.__name__ not in safetensors_utils.ALLOWED_CLASSES:
         safetensors_utils.ALLOWED_CLASSES[cls.__name__] = cls
         safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(cls.__name__)
-    return pinnable(cls)
+    return complete(cls)
 
 
-def pinnable(cls: P) -> P:
-    """Gives `cls` page-locked copies, which diffusers' group offloading with a stream asks for, and `torch.load`."""
+def complete(cls: P) -> P:
+    """Gives `cls` what is asked of a tensor class beyond torchao's `TorchAOBaseTensor`.
+
+    Page-locked copies, for diffusers' group offloading with a stream; `torch.load`; and a key for the compiler's caches on disk.
+    PyTorch's own key (2.13) holds the attributes of a tensor and neither its class nor that class's code, so that a weight of ours
+    would be given what was compiled for torchao's, or by an older version of this package.
+    """
     torch.serialization.add_safe_globals([cls])
+    cls._stable_hash_for_caching = _stable_hash  # type: ignore[attr-defined]
 
     @cls.implements(aten.is_pinned.default)
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:

@@ -17,7 +17,7 @@ from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..kernels import dequantize_rows
-from .base import aten, pinnable
+from .base import aten, complete
 from .shared_rows import quantize_shared_rows
 
 ZERO_ROW_BOUND: Final = 1e-12
@@ -28,12 +28,15 @@ _HALF_BOUND: Final = 2.0**-14
 """The same floor in float16: its smallest normal number, because torchao clamps in the dtype of the input."""
 
 
+_INT8PACK_MULTIPLE: Final = 16
+
+
 def zero_row_bound(dtype: torch.dtype) -> float:
     """The floor for activations of that dtype."""
     return _HALF_BOUND if dtype == torch.float16 else ZERO_ROW_BOUND
 
 
-@pinnable
+@complete
 class FusedFloat8Tensor(Float8Tensor):
     """A float8 weight [N, K] with one scale per row; attributes as in `Float8Tensor`.
 
@@ -42,7 +45,7 @@ class FusedFloat8Tensor(Float8Tensor):
     """
 
 
-@pinnable
+@complete
 class FusedInt8Tensor(Int8Tensor):
     """An int8 weight [N, K] with one scale per row; attributes as in `Int8Tensor`. It is dequantized in one kernel."""
 
@@ -140,6 +143,9 @@ def multiply_float8(
 @FusedInt8Tensor.implements_torch_function(F.linear)
 def _(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> Tensor:
     activation, weight, bias = operands(args, kwargs)
-    if not activation.is_cuda:
+    # Compiled for the CPU, torchao's product of raw int8 becomes `_weight_int8pack_mm`, which reads beyond rows that are not a
+    # multiple of 16 long (torch 2.13: a segmentation fault; a check in that operator would remove this).
+    overruns = weight.shape[1] % _INT8PACK_MULTIPLE != 0 and torch.compiler.is_compiling()
+    if not activation.is_cuda and not overruns:
         return F.linear(activation, as_stock(weight), bias)
     return F.linear(activation, dequantize_rows(weight.qdata, weight.scale, activation.dtype), bias)

@@ -102,3 +102,26 @@ def test_accelerate_moves_convolutions_too():
     set_module_tensor_to_device(conv, "weight", "meta")
     set_module_tensor_to_device(conv, "weight", "cpu", value=kept)
     assert torch.equal(conv.weight.dequantize(), kept.dequantize())
+
+
+@pytest.mark.parametrize("columns", [128, 144, 176, 200, 24])
+def test_int8_compiles_for_the_cpu_with_rows_of_any_length(columns):
+    """torch 2.13's own operator for it ends the process where a row is not a multiple of 16 long."""
+    torch.compiler.reset()
+    layer = nn.Linear(columns, 64, dtype=torch.bfloat16).requires_grad_(False)
+    layer.weight = nn.Parameter(quantize_weight(layer.weight, Int8StreamConfig()), requires_grad=False)
+    rows = torch.randn(3, 5, columns, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(rows)
+        compiled = torch.compile(layer, fullgraph=True)(rows)
+    assert float((compiled - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_compilers_caches_tell_weights_apart(name):
+    """A weight of ours must not be given what was compiled for another class, or another layout."""
+    ours = weight(CONFIGS[name])
+    key = ours._stable_hash_for_caching()
+    assert key == weight(CONFIGS[name])._stable_hash_for_caching()
+    others = {weight(config)._stable_hash_for_caching() for other, config in CONFIGS.items() if other != name}
+    assert key not in others | {quantize_weight(torch.randn(64, 256), CONFIGS[name])._stable_hash_for_caching()}
