@@ -9,7 +9,6 @@ import torch
 
 from .graphs import graph_forward
 from .names import GRAPH_MODE
-from .real_rotation import RealRotation
 
 
 def compile_component(model: Any, mode: str) -> None:
@@ -27,19 +26,14 @@ def compile_component(model: Any, mode: str) -> None:
     """
     if mode == GRAPH_MODE and not torch.cuda.is_available():
         raise ValueError(f"compile_mode={GRAPH_MODE!r} captures CUDA graphs, and there is no CUDA device: use 'default'")
-    options = _options("default" if mode == GRAPH_MODE else mode)
+    from .inductor import inductor_backend
+
+    backend = inductor_backend("default" if mode == GRAPH_MODE else mode)
     if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(options=options)
+        model.compile_repeated_blocks(backend=backend)
         if mode == GRAPH_MODE:
             graph_forward(model)
     elif mode == GRAPH_MODE:  # the capture must stand around what is compiled, and `compile` stands around `forward`
-        graph_forward(model, MethodType(torch.compile(type(model).forward, options=options), model))
+        graph_forward(model, MethodType(torch.compile(type(model).forward, backend=backend), model))
     else:
-        model.compile(options=options)
-
-
-def _options(mode: str) -> dict[str, Any]:
-    """What `mode` stands for, and our pass; `torch.compile` takes either a mode or options."""
-    from torch._inductor import list_mode_options
-
-    return {**list_mode_options(mode), "post_grad_custom_pre_pass": RealRotation()}
+        model.compile(backend=backend)

@@ -19,7 +19,14 @@ aten = torch.ops.aten
 
 
 class RealRotation(CustomGraphPass):
-    """Replaces view_as_real(view_as_complex(x) * table), table complex, by real operators."""
+    """Replaces view_as_real(view_as_complex(x) * table), table complex, by real operators.
+
+    Attributes:
+        files: other source files that decide what is compiled, and enter the key of inductor's cache with this one.
+    """
+
+    def __init__(self, files: tuple[str, ...] = ()) -> None:
+        self.files = files
 
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=aten.view_as_real.default):
@@ -30,8 +37,7 @@ class RealRotation(CustomGraphPass):
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        """Enters the key of inductor's cache of compiled graphs."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, *self.files))
 
 
 def _factors(product: Any) -> tuple[Node, Node] | None:
