@@ -1,8 +1,8 @@
 """The compiler backend of our models: inductor, with two of its own extension points used.
 
-`RealRotation` rewrites rotary embeddings. `WideRows` keeps a whole row in registers where inductor would read it two or three times:
-quantizing activations row by row, after a norm or an activation function, is what takes the time that multiplying in fp8 saves. On an
-H200, GELU and quantizing rows of 12,288 took 168 us in inductor's loop, and bandwidth allows 40.
+`RealRotation` rewrites rotary embeddings. `WideRows` keeps a whole row in registers where inductor would read it two or three
+times: quantizing activations row by row, after a norm or an activation function, is what takes the time that multiplying in fp8
+saves. On an H200, GELU and quantizing rows of 12,288 took 168 us in inductor's loop, and bandwidth allows 40.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST_ROW: Final = 16384
 
 
 class WideRows(InductorChoices):
-    """Inductor's choices, but for reductions over contiguous rows, which hold up to `LARGEST_ROW` values at once and not 1,024."""
+    """Inductor's choices, but for reductions over contiguous rows: they hold up to `LARGEST_ROW` values at once, not 1,024."""
 
     @staticmethod
     def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:

@@ -74,8 +74,8 @@ def complete(cls: P) -> P:
     """Gives `cls` what is asked of a tensor class beyond torchao's `TorchAOBaseTensor`.
 
     Page-locked copies, for diffusers' group offloading with a stream; `torch.load`; and a key for the compiler's caches on disk.
-    PyTorch's own key (2.13) holds the attributes of a tensor and neither its class nor that class's code, so that a weight of ours
-    would be given what was compiled for torchao's, or by an older version of this package.
+    PyTorch's own key (2.13) holds the attributes of a tensor and neither its class nor that class's code, so that a weight of
+    ours would be given what was compiled for torchao's, or by an older version of this package.
     """
     torch.serialization.add_safe_globals([cls])
     cls._stable_hash_for_caching = _stable_hash  # type: ignore[attr-defined]
