@@ -6,7 +6,6 @@ import json
 import logging
 import warnings
 from collections.abc import Container, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -33,6 +32,7 @@ from .loader import (
     was_layerwise,
 )
 from .lora.mixin import QuantizedLoraMixin
+from .moving import KEEP_DTYPES, MovingMixin
 from .quantization import (
     METHODS,
     ComponentReport,
@@ -44,17 +44,14 @@ from .quantization import (
 )
 from .quantization.sizes import model_tensors
 from .quantization.speed_note import speed_note
-from .quantization.torchao_tensors.staging import move_model_to_gpu, release_staging
+from .quantization.torchao_tensors.staging import release_staging
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import prepare_for_saving
 
 logger = logging.getLogger(__name__)
 
-_KEEP_DTYPES: ContextVar[bool] = ContextVar("keep_dtypes", default=False)
-"""True inside a `from_pipe` without a dtype: diffusers ends it with `.to(float32)`, whose default cannot be turned off."""
 
-
-class QuantizablePipelineMixin(QuantizedLoraMixin, DiffusionPipeline):
+class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin):
     """Mixed into a diffusers pipeline class, before it in the bases.
 
     A subclass changes what happens to a component by overriding `component_role`, `component_request` or
@@ -210,11 +207,11 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, DiffusionPipeline):
         """As in diffusers, but quantized components are shared as they are: no dtype is applied unless one is given."""
         quantized = any(quantized_by(model) for model in models_of(pipeline).values())
         keep = quantized and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
-        token = _KEEP_DTYPES.set(keep)
+        token = KEEP_DTYPES.set(keep)
         try:
             pipe = super().from_pipe(pipeline, **kwargs)
         finally:
-            _KEEP_DTYPES.reset(token)
+            KEEP_DTYPES.reset(token)
         known = {report.name: report for report in getattr(pipeline, "quantization_report", ())}
         reports = [
             known[name] if name in known else inspect_component(name, cls.component_role(name), model)
@@ -222,27 +219,6 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, DiffusionPipeline):
         ]
         pipe._report = QuantizationReport(tuple(reports), detect_hardware().name)
         return pipe
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized."""
-        if _KEEP_DTYPES.get():
-            return self
-        dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
-        if dtype is not None:
-            quantized = [report.name for report in self.quantization_report if report.method != "none"]
-            if quantized:
-                raise ValueError(
-                    f"this pipeline cannot be cast to {dtype}, because {', '.join(quantized)} is quantized: give "
-                    "torch_dtype to from_pretrained instead; .to(device) alone works"
-                )
-        device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
-        if device is not None and torch.device(device).type == "cuda" and not self._is_pipeline_device_mapped():
-            try:
-                for model in models_of(self).values():
-                    move_model_to_gpu(model, torch.device(device))
-            finally:
-                release_staging()
-        return super().to(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in diffusers; what is saved loads again without quantizing, bit for bit, and names diffusers' class."""

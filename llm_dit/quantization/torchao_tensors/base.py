@@ -73,7 +73,8 @@ def serializable(cls: T) -> T:
 def complete(cls: P) -> P:
     """Gives `cls` what is asked of a tensor class beyond torchao's `TorchAOBaseTensor`.
 
-    Page-locked copies, for diffusers' group offloading with a stream; `torch.load`; and a key for the compiler's caches on disk.
+    Page-locked copies, for diffusers' group offloading with a stream; `torch.load`; concatenation, for `fuse_qkv_projections`,
+    dequantized, because diffusers copies it into a Linear of its own; and a key for the compiler's caches on disk.
     PyTorch's own key (2.13) holds the attributes of a tensor and neither its class nor that class's code, so that a weight of
     ours would be given what was compiled for torchao's, or by an older version of this package.
     """
@@ -84,6 +85,11 @@ def complete(cls: P) -> P:
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
         names, _ = args[0].__tensor_flatten__()
         return all(getattr(args[0], name).is_pinned() for name in names)
+
+    @cls.implements(aten.cat.default)
+    def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        parts = [part.dequantize() if isinstance(part, TorchAOBaseTensor) else part for part in args[0]]
+        return func(parts, *args[1:], **(kwargs or {}))
 
     @cls.implements(aten._pin_memory.default)
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:

@@ -1,0 +1,85 @@
+"""What is done to a loaded pipeline as a whole: moving, offloading, copying."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from copy import deepcopy
+from inspect import signature
+from typing import Any, Final, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .loader import models_of
+from .quantization import quantized_by
+from .quantization.report import QuantizationReport
+from .quantization.torchao_tensors.staging import move_model_to_gpu, release_staging
+
+KEEP_DTYPES: Final[ContextVar[bool]] = ContextVar("keep_dtypes", default=False)
+"""True inside a `from_pipe` without a dtype: diffusers ends it with `.to(float32)`, whose default cannot be turned off."""
+
+
+class MovingMixin(DiffusionPipeline):
+    """Before a diffusers pipeline in the bases; see the methods of the same names there."""
+
+    @property
+    def quantization_report(self) -> QuantizationReport:
+        raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized."""
+        if KEEP_DTYPES.get():
+            return self
+        dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+        if dtype is not None:
+            quantized = [report.name for report in self.quantization_report if report.method != "none"]
+            if quantized:
+                raise ValueError(
+                    f"this pipeline cannot be cast to {dtype}, because {', '.join(quantized)} is quantized: give "
+                    "torch_dtype to from_pretrained instead; .to(device) alone works"
+                )
+        device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
+        if device is not None and torch.device(device).type == "cuda" and not self._is_pipeline_device_mapped():
+            try:
+                for model in models_of(self).values():
+                    move_model_to_gpu(model, torch.device(device))
+            finally:
+                release_staging()
+        with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode
+            return super().to(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; refused where torch cannot move compiled blocks of quantized weights."""
+        given = signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        excluded = given.get("exclude_modules") or ()
+        excluded = (excluded,) if isinstance(excluded, str) else excluded
+        in_blocks = given.get("offload_type", "block_level") == "block_level"
+        for name, model in models_of(self).items():
+            if in_blocks and name not in excluded and _is_compiled(model) and quantized_by(model):
+                raise ValueError(
+                    f"{name} is quantized and compiled, and torch cannot swap the weights of compiled blocks "
+                    "(pytorch#190604): use offload_type='leaf_level', enable_model_cpu_offload(), or load with compile=False"
+                )
+        super().enable_group_offload(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Refused where a component is cast layerwise: the hooks of its copy would run the modules of the original."""
+        for name, model in models_of(self).items():
+            if any(_is_cast(module) for module in model.modules()):
+                raise ValueError(
+                    f"{name} is cast layerwise, by hooks that hold its modules and cannot be copied: load the pipeline once more"
+                )
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def _is_cast(module: nn.Module) -> bool:
+    registry: Any = module.__dict__.get("_diffusers_hook")
+    return registry is not None and registry.get_hook("layerwise_casting") is not None
