@@ -21,13 +21,13 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from .backends import Backend, ComponentRequest, LoadPlan
-from .backends.saving import fuse_loaded
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
 from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
 from .quantization.filters import named_layers
 from .quantization.probe import probe_finite
 from .quantization.sizes import dense_bytes, model_bytes
+from .quantization.torchao_tensors.fused import fuse_weights
 
 logger = logging.getLogger(__name__)
 LAYERWISE_KEY = "llm_dit_layerwise"
@@ -116,7 +116,7 @@ class PipelineLoader(PipelineQuantizationConfig):
         """
         load = self.loads[name]
         if load.request is None or load.backend is None:
-            fuse_loaded(model)
+            fuse_weights(model)
             return inspect_component(name, role, model, load.seconds, counted)
         if load.plan is None:
             raise RuntimeError(

@@ -8,29 +8,22 @@ folder; otherwise it is ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import diffusers
 import transformers
 from diffusers import ModelMixin
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
-from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer as DiffusersTorchAoQuantizer
 from torch import nn
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer as TransformersTorchAoQuantizer
 
 from ..quantization.filters import Layer
-from ..quantization.torchao_tensors.fused import FusedFloat8Tensor, FusedInt8Tensor, fuse_weights
+from ..quantization.torchao_tensors.fused import FusedFloat8Tensor, FusedInt8Tensor
 from .base import ComponentRequest
-from .streaming import (
-    DiffusersStockSaving,
-    DiffusersStreamingConfig,
-    TransformersStockSaving,
-    TransformersStreamingConfig,
-)
+from .streaming import DiffusersStreamingConfig, TransformersStreamingConfig
 
 STOCK_TENSORS = (Float8Tensor, Int8Tensor, FusedFloat8Tensor, FusedInt8Tensor)
 
@@ -84,23 +77,6 @@ def _record(request: ComponentRequest) -> dict[str, Any]:
     }
 
 
-def fuse_loaded(model: nn.Module) -> None:
-    """Makes a model that was saved quantized multiply through our kernels, and save as before."""
-    fuse_weights(model)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    kind = _STOCK_SAVING.get(type(quantizer))
-    if kind is not None:
-        saving = kind(quantizer.quantization_config, pre_quantized=quantizer.pre_quantized)
-        saving.__dict__.update(quantizer.__dict__)
-        model.hf_quantizer = saving
-
-
-_STOCK_SAVING: Final[dict[type, type]] = {
-    DiffusersTorchAoQuantizer: DiffusersStockSaving,
-    TransformersTorchAoQuantizer: TransformersStockSaving,
-}
-
-
 def _attach(model: nn.Module, config: Any) -> None:
     """Sets what `save_pretrained` of either library looks at; a module of neither has nothing of the kind."""
     if isinstance(model, ModelMixin):
@@ -111,8 +87,7 @@ def _attach(model: nn.Module, config: Any) -> None:
         model.config.quantization_config = config
     else:
         return
-    kind = _STOCK_SAVING.get(type(quantizer))
-    model.hf_quantizer = kind(config, pre_quantized=False) if kind is not None else quantizer
+    model.hf_quantizer = quantizer
     model.hf_quantizer.validate_environment()
     model.is_quantized = True
     model.quantization_method = config.quant_method

@@ -15,20 +15,17 @@ from typing import Any
 import torch
 from diffusers.quantizers import auto as diffusers_auto
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
-from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer as DiffusersTorchAoQuantizer
 from torch import Tensor, nn
-from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.utils import TorchAOBaseTensor
 from tqdm.auto import tqdm
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto as transformers_auto
-from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer as TransformersTorchAoQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from ..quantization.filters import Layer
-from ..quantization.torchao_tensors.fused import as_stock
 from .base import LoadPlan, Transform
 from .host_memory import HostMemory
+from .stock import DiffusersStockQuantizer, TransformersStockQuantizer
 
 
 class Planner:
@@ -97,20 +94,6 @@ class TransformersStreamingConfig(_StreamingConfig, TransformersConfigMixin):
     quant_type = None  # transformers before 5.23 reads it of any configuration that its torchao quantizer gets
 
 
-class DiffusersStockSaving(DiffusersTorchAoQuantizer):
-    """diffusers' torchao quantizer, which saves our fused weights as the torchao tensors that they are."""
-
-    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return super().get_state_dict_and_metadata({name: as_stock(value) for name, value in state_dict.items()}, *args, **kwargs)
-
-
-class TransformersStockSaving(TransformersTorchAoQuantizer):
-    """The same for transformers' quantizer."""
-
-    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
-        return flatten_tensor_state_dict({name: as_stock(value) for name, value in model.state_dict().items()})
-
-
 class _Streaming:
     """State and steps that both quantizers share."""
 
@@ -142,7 +125,7 @@ class _Streaming:
         return nn.Parameter(quantized, requires_grad=False)
 
 
-class DiffusersStreamingQuantizer(_Streaming, DiffusersStockSaving):
+class DiffusersStreamingQuantizer(_Streaming, DiffusersStockQuantizer):
     """Quantizes parameter by parameter inside `load_model_dict_into_meta`, or reads our saved tensors back."""
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
@@ -226,7 +209,7 @@ class StreamedQuantize(ConversionOps):
         return {}
 
 
-class TransformersStreamingQuantizer(_Streaming, TransformersStockSaving):
+class TransformersStreamingQuantizer(_Streaming, TransformersStockQuantizer):
     """Quantizes parameter by parameter inside `convert_and_load_state_dict_in_model`, or reads our saved tensors back."""
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
