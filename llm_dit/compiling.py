@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .cheaper_arithmetic import CheaperArithmetic
 from .graphs import graph_forward
 from .names import GRAPH_MODE
 
@@ -26,14 +27,19 @@ def compile_component(model: Any, mode: str) -> None:
     """
     if mode == GRAPH_MODE and not torch.cuda.is_available():
         raise ValueError(f"compile_mode={GRAPH_MODE!r} captures CUDA graphs, and there is no CUDA device: use 'default'")
-    from .inductor import inductor_backend
-
-    backend = inductor_backend("default" if mode == GRAPH_MODE else mode)
+    options = _options("default" if mode == GRAPH_MODE else mode)
     if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(backend=backend)
+        model.compile_repeated_blocks(options=options)
         if mode == GRAPH_MODE:
             graph_forward(model)
     elif mode == GRAPH_MODE:  # the capture must stand around what is compiled, and `compile` stands around `forward`
-        graph_forward(model, MethodType(torch.compile(type(model).forward, backend=backend), model))
+        graph_forward(model, MethodType(torch.compile(type(model).forward, options=options), model))
     else:
-        model.compile(backend=backend)
+        model.compile(options=options)
+
+
+def _options(mode: str) -> dict[str, Any]:
+    """What `mode` stands for, and our passes; `torch.compile` takes either a mode or options."""
+    from torch._inductor import list_mode_options
+
+    return {**list_mode_options(mode), "post_grad_custom_pre_pass": CheaperArithmetic()}

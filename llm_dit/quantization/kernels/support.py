@@ -42,7 +42,9 @@ def runs_kernels(tensor: Tensor) -> bool:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, and a tensor may be on another."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def power_of_two(count: int) -> int:

@@ -67,8 +67,8 @@ def test_quantize_rows_reference(dtype, count, columns, seed):
     quantized, scale = quantize_rows(rows, BOUND)
     assert quantized.shape == rows.shape
     back = quantized.double() * scale.double()
-    # Half a unit in the last place of e4m3 (3 mantissa bits), and of its subnormals.
-    assert ((back - rows.double()).abs() <= rows.double().abs() / 16 + scale.double() * 2**-10).all()
+    # Half a unit in the last place of e4m3 (3 mantissa bits), and of its subnormals, and what float32 rounds.
+    assert ((back - rows.double()).abs() <= rows.double().abs() / 16 * (1 + 2**-20) + scale.double() * 2**-10).all()
 
 
 @pytest.mark.parametrize("make", [lambda: torch.zeros(4, 256), lambda: torch.full((4, 256), 2.5), lambda: torch.randn(4, 256)])
