@@ -1,6 +1,6 @@
 """What inductor compiles dearly, written so that it compiles well, at its own extension point `post_grad_custom_pre_pass`.
 
-Rotations. Qwen-Image and Z-Image rotate queries and keys by `view_as_real(view_as_complex(x) * table)`. Inductor generates no code
+Rotations. Qwen-Image and Z-Image rotate queries and keys by `view_as_real(view_as_complex(x) * table)`. Inductor makes no code
 for complex numbers: such a product becomes kernels of its own, which read and write float32, between others that could have done
 it on the way. (a + bi)(c + di) is written as the real operators x * c + flip(x) * [-d, d], x being the pairs [a, b], and is fused
 with the norm before and the cast after.
