@@ -46,12 +46,12 @@ from .quantization.sizes import model_tensors
 from .quantization.speed_note import speed_note
 from .quantization.torchao_tensors.staging import release_staging
 from .request import LoadOptions, LoadRequest, Quantization
-from .saving import prepare_for_saving
+from .saving import SavingMixin, refuse_unfinished
 
 logger = logging.getLogger(__name__)
 
 
-class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin):
+class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin):
     """Mixed into a diffusers pipeline class, before it in the bases.
 
     A subclass changes what happens to a component by overriding `component_role`, `component_request` or
@@ -147,6 +147,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin):
             cls._check_components(request, roles, without)
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
         check_device(kwargs.get("device_map"))
+        refuse_unfinished(source)
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
         saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in roles)
@@ -219,11 +220,6 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin):
         ]
         pipe._report = QuantizationReport(tuple(reports), detect_hardware().name)
         return pipe
-
-    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; what is saved loads again without quantizing, bit for bit, and names diffusers' class."""
-        prepare_for_saving(models_of(self))
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_string(self) -> str:
         """model_index.json names the diffusers class, so that plain diffusers loads the folder."""

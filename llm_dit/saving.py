@@ -1,9 +1,17 @@
-"""What has to be put right before diffusers and transformers save quantized components."""
+"""Saving a quantized pipeline so that what is saved loads again, bit for bit, or is known not to be whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.metadata
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
 
+from diffusers import DiffusionPipeline
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 from transformers import PreTrainedModel
@@ -11,6 +19,127 @@ from transformers.integrations.torchao import TorchAoDeserialize
 
 from .backends.saving import attach_plain_saver
 from .checkpoints.encoders import PRUNED
+from .loader import models_of, saved_method
+from .quantization.report import QuantizationReport, format_bytes
+
+INDEX: Final = "model_index.json"
+UNFINISHED: Final = ".saving"
+"""What is being saved lies in a folder of this name inside its own, and moves up when it is whole, the index last."""
+_CARD: Final = "README.md"
+_SECTION: Final = re.compile(r"<!-- llm-dit -->.*<!-- /llm-dit -->\n?", re.DOTALL)
+_FRONT_MATTER: Final = "---\nlibrary_name: diffusers\n---\n\n"
+_PACKAGES: Final = ("llm-dit", "torch", "torchao", "diffusers", "transformers")
+
+
+class SavingMixin(DiffusionPipeline):
+    """Before a diffusers pipeline in the bases; see the methods of the same names there."""
+
+    @property
+    def quantization_report(self) -> QuantizationReport:
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; what is saved loads again without quantizing, bit for bit, and names diffusers' class.
+
+        A process that ends on the way leaves no folder that loads: what was there before, or one that is refused.
+
+        Raises:
+            NotADirectoryError: if there is a file of that name.
+            ValueError: for a component that would not load again.
+        """
+        prepare_for_saving(models_of(self))
+        target = Path(save_directory)
+        if target.is_file():
+            raise NotADirectoryError(f"{str(target)!r} is a file, and a pipeline is saved to a folder: give another name")
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.absolute().name)
+        with written_beside(target) as beside:
+            super().save_pretrained(beside, *args, **kwargs)
+            self._write_card(beside, target)
+
+    def _upload_folder(self, working_dir: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """diffusers writes its model card over ours just before: the section is added to it."""
+        self._write_card(Path(working_dir), Path(working_dir))
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    def _write_card(self, folder: Path, found_in: Path) -> None:
+        """Writes README.md into `folder`: that of `found_in`, its section about quantization made new."""
+        if all(report.method == "none" for report in self.quantization_report):
+            return
+        existing = folder if (folder / _CARD).is_file() else found_in
+        text = (existing / _CARD).read_text(encoding="utf-8") if (existing / _CARD).is_file() else _FRONT_MATTER
+        section = card_section(self.quantization_report, {name: saved_method(model) for name, model in models_of(self).items()})
+        text = _SECTION.sub("", text).rstrip("\n") + "\n\n" + section
+        (folder / _CARD).write_text(text.lstrip("\n"), encoding="utf-8")
+
+
+def card_section(report: QuantizationReport, methods: Mapping[str, str | None]) -> str:
+    """The section of a model card that says how a pipeline is quantized, by what, and what it takes.
+
+    Args:
+        methods: by component, the method that a saved model records; the report of one that came quantized does not.
+    """
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    rows = [
+        f"| {part.name} | {_method(part.method, methods.get(part.name))} | {format_bytes(part.bytes_after)} | "
+        f"{format_bytes(part.bytes_before)} |"
+        for part in report
+    ]
+    return "\n".join(
+        (
+            "<!-- llm-dit -->",
+            "## Quantization",
+            "",
+            f"Saved with {versions}. Bytes are measured.",
+            "",
+            "| component | method | held | before |",
+            "|---|---|---|---|",
+            *rows,
+            f"| total | | {format_bytes(report.bytes_after)} | {format_bytes(report.bytes_before)} |",
+            "",
+            "```python",
+            "from llm_dit import load_pipeline",
+            "",
+            'pipe = load_pipeline("path or repository")  # as it was saved; nothing is quantized again',
+            "```",
+            "<!-- /llm-dit -->",
+            "",
+        )
+    )
+
+
+def _method(reported: str, saved: str | None) -> str:
+    return saved or "quantized" if reported == "already_quantized" else reported
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A folder to write into, whose contents take their places in `target` when the block ends well.
+
+    It lies inside `target`, so that a mounted folder is moved within and not copied. The index goes first and comes last: at no
+    moment does it stand beside parts of another save.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    beside = target / UNFINISHED
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        (target / INDEX).unlink(missing_ok=True)
+        for entry in sorted(beside.iterdir(), key=lambda entry: entry.name == INDEX):
+            place = target / entry.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            entry.replace(place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_unfinished(source: str) -> None:
+    """Raises ValueError for a folder whose saving was interrupted."""
+    folder = Path(source)
+    if (folder / UNFINISHED).is_dir() and not (folder / INDEX).is_file():
+        raise ValueError(f"{source!r} is not whole: the process that saved it ended on the way; save it again")
 
 
 def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:

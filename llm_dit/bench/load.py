@@ -21,12 +21,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..families import published_models
+from ..load import load_pipeline
 from ..names import check_name
 from ..quantization.sizes import model_bytes
 from .fresh import FreshProcessError, in_fresh_process
 
 MIB: Final = 1024**2
-IMPLEMENTATIONS: Final = ("bf16", "diffusers", "llm-dit")
+IMPLEMENTATIONS: Final = ("bf16", "diffusers", "llm-dit", "llm-dit saved")
 GEOMETRIES: Final = ("1gb", "klein-9b")
 
 
@@ -35,7 +36,8 @@ class Case:
     """One measurement to make.
 
     Attributes:
-        implementation: "bf16" (plain), "diffusers" (its TorchAoConfig) or "llm-dit".
+        implementation: "bf16" (plain), "diffusers" (its TorchAoConfig), "llm-dit", or "llm-dit saved": a folder that it saved
+            quantized, read back.
         method: the quantization method; "none" for bf16.
         device_map: "cuda", "cpu" or None.
     """
@@ -126,11 +128,11 @@ def _small_text_encoder() -> nn.Module:
 def default_cases() -> tuple[Case, ...]:
     """The table's rows: int8 on the CPU, fp8-dynamic and int8 with and without device_map on a GPU."""
     if not torch.cuda.is_available():
-        return (Case("bf16", "none"), Case("diffusers", "int8"), Case("llm-dit", "int8"), Case("llm-dit", "int4"))
+        return (Case("bf16", "none"), Case("diffusers", "int8"), *_ours("int8"), *_ours("int4"))
     return (
         Case("bf16", "none", "cuda"),
         Case("bf16", "none"),
-        Case("llm-dit", "fp8-dynamic", "cuda"),
+        *_ours("fp8-dynamic", "cuda"),
         Case("llm-dit", "fp8-dynamic"),
         Case("llm-dit", "int8", "cuda"),
         Case("llm-dit", "int8"),
@@ -139,6 +141,11 @@ def default_cases() -> tuple[Case, ...]:
         Case("diffusers", "fp8-dynamic"),
         Case("diffusers", "int8", "cuda"),
     )
+
+
+def _ours(method: str, device_map: str | None = None) -> tuple[Case, Case]:
+    """Quantizing while loading, and reading what was saved quantized."""
+    return Case("llm-dit", method, device_map), Case("llm-dit saved", method, device_map)
 
 
 def run(folder: Path, cases: tuple[Case, ...], repeats: int = 1) -> Iterator[Measurement]:
@@ -161,7 +168,8 @@ def _touch_host_memory(size: int) -> None:
 
 def _in_fresh_process(folder: Path, case: Case) -> Measurement:
     try:
-        return Measurement(case, **in_fresh_process(measure, folder, case))
+        source = _saved(folder, case) if case.implementation == "llm-dit saved" else folder
+        return Measurement(case, **in_fresh_process(measure, source, case))
     except FreshProcessError as error:
         return Measurement(case, error=str(error))
 
@@ -206,6 +214,8 @@ def _loader(case: Case) -> Any:
     keywords: dict[str, Any] = {"torch_dtype": torch.bfloat16}
     if case.device_map:
         keywords["device_map"] = case.device_map
+    if case.implementation == "llm-dit saved":
+        return partial(QuantizableFlux2KleinPipeline.from_pretrained, **keywords)
     if case.implementation == "llm-dit":
         both = {"transformer": case.method, "encoder": case.method}
         return partial(QuantizableFlux2KleinPipeline.from_pretrained, quantization=both, **keywords)
@@ -216,6 +226,20 @@ def _loader(case: Case) -> Any:
         mapping = {"transformer": TorchAoConfig(stock), "text_encoder": EncoderTorchAoConfig(stock)}
         keywords["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     return partial(Flux2KleinPipeline.from_pretrained, **keywords)
+
+
+def _saved(folder: Path, case: Case) -> Path:
+    """The folder with what `case` reads, beside `folder`; written by another process, if it is not there."""
+    place = folder.with_name(f"{folder.name}-{case.method}")
+    if not place.is_dir():
+        in_fresh_process(_save_quantized, folder, place, case.method)
+    return place
+
+
+def _save_quantized(folder: Path, place: Path, method: str) -> None:
+    keywords = {"device_map": "cuda"} if torch.cuda.is_available() else {}
+    both = {"transformer": method, "encoder": method}
+    load_pipeline(folder, quantization=both, torch_dtype=torch.bfloat16, **keywords).save_pretrained(place)
 
 
 @contextmanager
