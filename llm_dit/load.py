@@ -28,7 +28,9 @@ def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[Quanti
     """Our class for the pipeline that `source` holds; of `kwargs`, those that find files on the Hub are read."""
     from .arguments import HUB_KEYWORDS
     from .loader import read_json
+    from .saving import refuse_unfinished
 
+    refuse_unfinished(str(source))
     hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     index = read_json(str(source), "model_index.json", hub)
     if "_class_name" not in index:

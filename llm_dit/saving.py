@@ -54,7 +54,7 @@ class SavingMixin(DiffusionPipeline):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.absolute().name)
         with written_beside(target) as beside:
-            super().save_pretrained(beside, *args, **kwargs)
+            super().save_pretrained(str(beside), *args, **kwargs)  # diffusers splits the name of a pushed one
             self._write_card(beside, target)
 
     def _upload_folder(self, working_dir: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
