@@ -202,6 +202,14 @@ def estimate(
         if component.saved:
             cells = [f"saved: {format_bytes(component.saved)}"] + [""] * (len(VALID_METHODS) - 1)
         table.add_row(component.name, component.role, f"{component.parameters / 1e6:,.1f} M", *cells)
+    for component in result.reading:
+        cells = [format_bytes(component.bytes_for(m)) if m in component.methods else "-" for m in VALID_METHODS]
+        name = f"{component.name}, encoder_layers='read'"
+        table.add_row(name, component.role, f"{component.parameters / 1e6:,.1f} M", *cells)
+    table.add_section()
+    table.add_row("all", "", "", *(format_bytes(result.held(m)) for m in VALID_METHODS))
+    if result.freed:
+        table.add_row("at once, with encode_then_free", "", "", *(format_bytes(result.held_at_once(m)) for m in VALID_METHODS))
     console.print(table)
 
 

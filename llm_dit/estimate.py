@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from .building import build_empty, component_class, default_dtype
+from .checkpoints.encoders import take_off_unread
 from .checkpoints.header import read_header
 from .families import get_family, pipeline_classes, published_models
 from .families.base import Family, Published
@@ -48,6 +49,16 @@ class ComponentEstimate:
         """Bytes under `method`, or as saved."""
         return self.saved or self.methods[method].bytes_after
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, for JSON."""
+        return {
+            "role": self.role,
+            "class_name": self.class_name,
+            "parameters": self.parameters,
+            "saved_bytes": self.saved,
+            "bytes": {name: estimate.bytes_after for name, estimate in self.methods.items()},
+        }
+
 
 @dataclass(frozen=True)
 class PipelineEstimate:
@@ -56,22 +67,31 @@ class PipelineEstimate:
     source: str
     pipeline_class: str
     components: tuple[ComponentEstimate, ...]
+    reading: tuple[ComponentEstimate, ...] = ()
+    """The text encoders with encoder_layers="read", where that leaves something out."""
+    freed: tuple[str, ...] = ()
+    """The components that `encode_then_free` frees before the others come to the device."""
+
+    def held(self, method: str) -> int:
+        """Bytes of all components under `method`; one that cannot be quantized so stays in bf16."""
+        return sum(self._bytes(component, method) for component in self.components)
+
+    def held_at_once(self, method: str) -> int:
+        """The same with `encode_then_free`: the larger of what encodes and the rest."""
+        encoding = sum(self._bytes(component, method) for component in self.components if component.name in self.freed)
+        return max(encoding, self.held(method) - encoding)
+
+    def _bytes(self, component: ComponentEstimate, method: str) -> int:
+        return component.bytes_for(method if component.saved or method in component.methods else "none")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, for JSON."""
         return {
             "source": self.source,
             "pipeline_class": self.pipeline_class,
-            "components": {
-                component.name: {
-                    "role": component.role,
-                    "class_name": component.class_name,
-                    "parameters": component.parameters,
-                    "saved_bytes": component.saved,
-                    "bytes": {name: estimate.bytes_after for name, estimate in component.methods.items()},
-                }
-                for component in self.components
-            },
+            "components": {component.name: component.to_dict() for component in self.components},
+            "encoder_layers_read": {component.name: component.to_dict() for component in self.reading},
+            "encode_then_free": {method: self.held_at_once(method) for method in VALID_METHODS},
         }
 
 
@@ -94,14 +114,19 @@ def estimate_pipeline(
         ValueError: if `source` is none of these.
     """
     cls, makers = _components(source, dtype, hub)
-    components = []
+    components, reading = [], []
     for name, make in makers.items():
         role = cls.component_role(name)
         if role is None:
             continue
         model, saved = make()
         components.append(_estimate(name, role, model, saved, granularity, skip_patterns, dtype))
-    return PipelineEstimate(source, diffusers_class(cls).__name__, tuple(components))
+        part = cls.family.parts.get(name)
+        if role == "encoder" and part is not None and part.unread.in_folders and not saved:
+            take_off_unread(model, part.unread)
+            reading.append(_estimate(name, role, model, saved, granularity, skip_patterns, dtype))
+    freed = tuple(name for name in cls.family.encoding.encoders if name in makers)
+    return PipelineEstimate(source, diffusers_class(cls).__name__, tuple(components), tuple(reading), freed)
 
 
 Maker = Callable[[], tuple[nn.Module, int]]

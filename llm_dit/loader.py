@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch import nn
 
 from .backends import Backend, ComponentRequest, LoadPlan
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
+from .checkpoints.encoders import PRUNED, Unread
+from .encoder_parts import load_read_parts
 from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
 from .quantization.filters import named_layers
@@ -105,6 +107,12 @@ class PipelineLoader(PipelineQuantizationConfig):
         load.plan = load.backend.plan(model, load.request)
         return load.plan
 
+    def load_read_parts(self, name: str, entry: tuple[str, str], unread: Unread, **keywords: Any) -> nn.Module:
+        """A text encoder without what nothing reads of it, quantized like any component that diffusers loads."""
+        config = self._resolve_quant_config(is_diffusers=False, module_name=name)
+        quantization = {"quantization_config": config} if config is not None else {}
+        return load_read_parts(entry, self.source, name, unread, **self.hub, **keywords, **quantization)
+
     def finish(self, name: str, role: str | None, model: nn.Module, counted: Container[int]) -> ComponentReport:
         """Checks a loaded component against its plan and reports on it.
 
@@ -117,7 +125,7 @@ class PipelineLoader(PipelineQuantizationConfig):
         load = self.loads[name]
         if load.request is None or load.backend is None:
             fuse_weights(model)
-            return inspect_component(name, role, model, load.seconds, counted)
+            return _with_parts_left_out(inspect_component(name, role, model, load.seconds, counted), model)
         if load.plan is None:
             raise RuntimeError(
                 f"{name} was to be quantized with {load.request.method.name}, and {type(model).__name__}'s loader never "
@@ -134,7 +142,15 @@ class PipelineLoader(PipelineQuantizationConfig):
             before,
             model_bytes(model, counted),
         )
-        return component_report(name, model, stats, load.backend.name, load.seconds)
+        return _with_parts_left_out(component_report(name, model, stats, load.backend.name, load.seconds), model)
+
+
+def _with_parts_left_out(report: ComponentReport, model: nn.Module) -> ComponentReport:
+    parts = getattr(model, PRUNED, ())
+    if not parts:
+        return report
+    note = f"left out, because nothing reads it: {', '.join(parts)}"
+    return replace(report, note="; ".join(filter(None, (report.note, note))))
 
 
 def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ COMPONENT_TYPES: Final = ("encoder", "transformer", "vae")
 GRANULARITIES: Final = ("per-row", "per-tensor")
 BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
 ACTIVATION_SCALES: Final = ("dynamic", "static")
+ENCODER_LAYERS: Final = ("all", "read")
 GRAPH_MODE: Final = "cuda-graph"
 COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", GRAPH_MODE)
 

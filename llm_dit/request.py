@@ -11,7 +11,17 @@ import torch
 
 from .backends import ComponentRequest
 from .config import PipelineSection, RuntimeConfig
-from .names import ACTIVATION_SCALES, BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES, GRAPH_MODE, check_name, nearest
+from .names import (
+    ACTIVATION_SCALES,
+    BACKENDS,
+    COMPILE_MODES,
+    COMPONENT_TYPES,
+    ENCODER_LAYERS,
+    GRANULARITIES,
+    GRAPH_MODE,
+    check_name,
+    nearest,
+)
 from .quantization import PipelineQuantConfig, get_method, get_recommended_method
 
 Quantization = str | Mapping[str, str] | PipelineQuantConfig
@@ -31,6 +41,7 @@ class LoadOptions:
     transformer_file: str | PathLike[str] | None = None
     encoder_file: str | PathLike[str] | None = None
     activation_scale: str = "dynamic"
+    encoder_layers: str = "all"
     config: str | PathLike[str] | RuntimeConfig | None = None
     compile: bool | None = None
     compile_mode: str | None = None
@@ -50,6 +61,7 @@ class LoadRequest:
         dtypes: by component name, the dtype to load in; "default" is every other's. Empty: diffusers decides.
         files: by component name, the checkpoint file that it is read from.
         activation_scale: "dynamic", or "static" for the scales of such a file.
+        encoder_layers: "all", or "read" to leave out what the family reads nothing of.
         compile, compile_mode: whether and how the transformer is compiled.
         notes: what the report should say about the choice.
     """
@@ -63,6 +75,7 @@ class LoadRequest:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     activation_scale: str = "dynamic"
+    encoder_layers: str = "all"
     compile: bool = False
     compile_mode: str = "default"
     notes: tuple[str, ...] = ()
@@ -113,6 +126,7 @@ class LoadRequest:
             named=frozenset(given) - _unsaid(options.quantization),
             files=files,
             activation_scale=options.activation_scale,
+            encoder_layers=check_name(options.encoder_layers, ENCODER_LAYERS, "encoder_layers"),
             compile=section.compile if options.compile is None else options.compile,
             compile_mode=check_name(compile_mode, COMPILE_MODES, "compile_mode"),
             notes=notes,

@@ -51,6 +51,24 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """What `encode_prompt` of the family's pipelines returns, and how it goes into their call.
+
+    Attributes:
+        outputs: by place, the argument of the call that takes it; None for what the call makes again.
+        negative: the negative prompt of a call that names none; None if it is then not guided.
+        together: one call of `encode_prompt` encodes both prompts; otherwise a second one does, and its outputs go to the
+            arguments of the same names with "negative_" before them.
+        encoders: the components that only encoding needs.
+    """
+
+    outputs: tuple[str | None, ...]
+    negative: str | None = ""
+    together: bool = False
+    encoders: tuple[str, ...] = ("text_encoder",)
+
+
+@dataclass(frozen=True)
 class Family:
     """One family.
 
@@ -58,6 +76,7 @@ class Family:
         name: name of its module in `llm_dit.families` and of its section in config.toml.
         title: name for people.
         generation: defaults of its script.
+        encoding: how prompts become arguments of a call.
         extra_roles: roles of components besides `COMMON_ROLES`, by component name.
         casts_latents: the pipelines cast latents to the VAE's dtype, so that a float32 VAE beside bfloat16 works.
         published: the published models.
@@ -69,6 +88,7 @@ class Family:
     name: str
     title: str
     generation: Generation
+    encoding: Encoding
     extra_roles: Mapping[str, str] = field(default_factory=dict)
     casts_latents: bool = True
     published: tuple[Published, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from diffusers import (
@@ -17,11 +18,11 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 
-from ..checkpoints.encoders import Unread
+from ..checkpoints.encoders import PRUNED, Unread
 from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import mistral_small_24b, qwen3_4b, qwen3_8b
-from .base import Family, Generation, Published
+from .base import Encoding, Family, Generation, Published
 
 _KLEIN_4B = partial(
     Flux2Transformer2DModel,
@@ -39,7 +40,11 @@ _KLEIN_9B = partial(
     joint_attention_dim=12288,
     guidance_embeds=False,
 )
-_UNREAD = Unread(("lm_head", "norm", "vision_tower", "multi_modal_projector"), layers_from=0.75)
+_UNREAD = Unread(
+    ("lm_head", "norm", "vision_tower", "multi_modal_projector"),
+    layers_read=lambda count: count * 3 // 4,
+    only_in_files=("norm",),
+)
 """The prompt is read off hidden states up to three quarters of the way (`_prompt_layers`); upsampling a prompt reads the rest."""
 _SOURCE = "config.json of the repository; parameter counts agree with it"
 
@@ -112,6 +117,7 @@ FAMILY = Family(
     title="FLUX.2",
     official_name=_official_name,
     parts={"transformer": Part(), "text_encoder": encoder_part(_UNREAD)},
+    encoding=Encoding(("prompt_embeds", None)),
     generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
     casts_latents=False,
     published=(
@@ -143,9 +149,32 @@ FAMILY = Family(
 class _Flux2(QuantizablePipelineMixin):
     family = FAMILY
 
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; refused for a layer that was not loaded."""
+        call = signature(super().encode_prompt).bind(*args, **kwargs)
+        call.apply_defaults()
+        asked = max(call.arguments["text_encoder_out_layers"])
+        count = self.text_encoder.config.get_text_config().num_hidden_layers if self.text_encoder is not None else 0
+        if getattr(self.text_encoder, PRUNED, ()) and asked > _UNREAD.layers_read(count):
+            raise ValueError(
+                f"text_encoder_out_layers asks for layer {asked} of a text encoder of which "
+                f"{', '.join(getattr(self.text_encoder, PRUNED))} were left out: load it with encoder_layers='all'"
+            )
+        return super().encode_prompt(*args, **kwargs)
+
 
 class QuantizableFlux2Pipeline(_Flux2, Flux2Pipeline):
     """FLUX.2-dev: text and reference images to image."""
+
+    def upsample_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; refused with a text encoder of which a part was left out."""
+        left_out = getattr(self.text_encoder, PRUNED, ())
+        if left_out:
+            raise ValueError(
+                f"upsampling a prompt needs the whole text encoder, of which {', '.join(left_out)} were left out: load it "
+                "from its folder, with encoder_layers='all'"
+            )
+        return super().upsample_prompt(*args, **kwargs)
 
 
 class QuantizableFlux2KleinPipeline(_Flux2, Flux2KleinPipeline):

@@ -26,7 +26,7 @@ from ..checkpoints.layout import PREFIXES
 from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
-from .base import Family, Generation, Published
+from .base import Encoding, Family, Generation, Published
 
 _TRANSFORMER_2_3 = partial(
     LTX2VideoTransformer3DModel,
@@ -191,6 +191,9 @@ FAMILY = Family(
         "latent_upsampler": "vae",
         "temporal_latent_upsampler": "vae",
     },
+    encoding=Encoding(
+        ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"), together=True
+    ),
     generation=Generation(
         {"num_inference_steps": 40, "guidance_scale": 4.0, "height": 512, "width": 768, "num_frames": 121},
         video=True,

@@ -21,12 +21,13 @@ from diffusers import (
 
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen2_5_vl_7b, qwen3_vl_8b
-from .base import Family, Generation, Published
+from .base import Encoding, Family, Generation, Published
 
 FAMILY = Family(
     name="qwen_image",
     title="Qwen-Image",
     extra_roles={"controlnet": "transformer"},
+    encoding=Encoding(("prompt_embeds", "prompt_embeds_mask"), negative=None),
     generation=Generation(
         {"num_inference_steps": 50, "true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024},
         guidance_argument="true_cfg_scale",

@@ -15,10 +15,11 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from ..checkpoints.names import OfficialName
+from ..checkpoints.encoders import Unread
+from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen3_4b_base
-from .base import Family, Generation, Published
+from .base import Encoding, Family, Generation, Published
 
 
 def _flux1_vae() -> AutoencoderKL:
@@ -57,6 +58,8 @@ FAMILY = Family(
     title="Z-Image",
     official_name=_official_name,
     extra_roles={"controlnet": "transformer", "siglip": "encoder"},
+    parts={"transformer": Part(), "text_encoder": encoder_part(Unread(("lm_head",), layers_read=lambda count: count - 1))},
+    encoding=Encoding(("prompt_embeds", "negative_prompt_embeds"), together=True),
     generation=Generation({"num_inference_steps": 9, "guidance_scale": 0.0, "height": 1024, "width": 1024}),
     published=(
         Published(

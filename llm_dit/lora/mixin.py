@@ -38,16 +38,16 @@ class QuantizedLoraMixin:
             adopt_layers(model)  # of adapters that were loaded into the model and not through the pipeline
         with settle_scaling(models.values()):
             self._diffusers("fuse_lora")(*args, **kwargs)
-        self._note_fusing(list(fusing_notes(models)))
+        self._note("fusing", list(fusing_notes(models)))
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; quantized weights have the bits again that they had before `fuse_lora`."""
         require_peft()
         self._diffusers("unfuse_lora")(*args, **kwargs)
-        self._note_fusing(list(fusing_notes(self._lora_models())))
+        self._note("fusing", list(fusing_notes(self._lora_models())))
 
-    def _note_fusing(self, notes: list[str]) -> None:
-        """Takes what the report is to say of fused LoRAs, in the place of what it said before."""
+    def _note(self, about: str, notes: list[str]) -> None:
+        raise NotImplementedError
 
     def _lora_models(self) -> dict[str, nn.Module]:
         models = {name: getattr(self, name, None) for name in getattr(self, "_lora_loadable_modules", ())}

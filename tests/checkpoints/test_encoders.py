@@ -133,7 +133,7 @@ def test_what_was_pruned_is_said_and_not_saved(tiny, tmp_path):
     source = tiny("flux2-dev")
     pipe = load(source, encoder_file(source, "flux2-dev", "scaled")[0])
     note = pipe.quantization_report["text_encoder"].note
-    assert "layer 3, lm_head" in note
+    assert "layer 3" in note
     assert "vision_tower" in note
     with pytest.raises(ValueError, match="text_encoder was read from a file that leaves out"):
         pipe.save_pretrained(tmp_path)
