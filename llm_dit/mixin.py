@@ -19,6 +19,7 @@ from .arguments import HUB_KEYWORDS, check_device, check_request, check_source, 
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
+from .decoding import fit_decoding, told_of_decoding
 from .encoding import EncodingMixin
 from .families.base import Family
 from .files import plan_files
@@ -184,6 +185,9 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         if active:
             pipe._check_dtypes()
         pipe._compile(request)
+        for name, model in models_of(pipe).items():
+            if cls.component_role(name) == "vae":
+                fit_decoding(model)
         return pipe
 
     @classmethod
@@ -207,7 +211,8 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         if self._report is None:
             reports = (inspect_component(n, self.component_role(n), model) for n, model in models_of(self).items())
             self._report = QuantizationReport(tuple(reports), detect_hardware().name)
-        return self._report
+        told = [f"{name}: {line}" for name, model in models_of(self).items() for line in told_of_decoding(model)]
+        return replace(self._report, notes=(*self._report.notes, *told)) if told else self._report
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
@@ -235,7 +240,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
 
     def _note(self, about: str, notes: list[str]) -> None:
         """Takes what the report is to say about something that was done after loading, in the place of what it said before."""
-        report = self.quantization_report
+        report = self._report or self.quantization_report
         kept = [note for note in report.notes if note not in self._later_notes.get(about, ())]
         self._later_notes = {**self._later_notes, about: tuple(notes)}
         self._report = replace(report, notes=(*kept, *notes))
