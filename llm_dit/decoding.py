@@ -59,6 +59,7 @@ class FittedDecode:
         self._vae = weakref.ref(vae)
         self._free_bytes = free_bytes or free_device_bytes
         self._twin: Any = None
+        self._side_ratio = 0
         self.told: dict[tuple[int, ...], str] = {}
 
     def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -93,26 +94,31 @@ class FittedDecode:
 
         def decode() -> None:
             result = self._twin.decode(torch.empty_like(part, device="meta"), *given, **keywords)
-            sizes.extend(leaf.nbytes for leaf in _tensors(result))
+            pictures = _tensors(result)
+            sizes.extend(picture.untyped_storage().nbytes() for picture in pictures)
+            self._side_ratio = pictures[0].shape[-1] // part.shape[-1]
 
         peak = peak_activation_bytes(decode)
         gathered = sum(sizes) * z.numel() // part.numel()
-        # Tiles overlap (by 1.8 in area), and are blended and joined, to rows and to the whole, while all are still there.
-        return peak + WORKSPACE + (4 * gathered if cut.tile else 2 * gathered if cut.sliced else 0)
+        # Tiles overlap (by 1.8 in area), and are blended and joined while all are still there; entries are joined at the end.
+        tiled = 3 * gathered * batch // z.shape[0] if cut.tile else 0
+        return max(peak + tiled + (gathered if cut.sliced else 0), 2 * gathered) + WORKSPACE
 
     def _fit(self, vae: Any, free: int, z: Tensor, args: Any, kwargs: Any) -> None:
         """Sets `vae` to the first way to cut that fits, or to the last."""
-        whole = 0
+        chosen, needed, whole = WHOLE, 0, 0
         for cut in _cuts(vae, z):
+            if cut.tile and self._side_ratio != _compression(vae):
+                break  # a VAE whose configuration is wrong about it joins its tiles to a picture of another size
             needed = self.needed_bytes(z, *args, cut=cut, **kwargs)
-            whole = whole or needed
+            chosen, whole = cut, whole or needed
             if needed <= free:
                 break
-        _apply(vae, cut)
-        if cut != WHOLE:
+        _apply(vae, chosen)
+        if chosen != WHOLE:
             told = (
                 f"decoding {'x'.join(map(str, z.shape))} takes {format_bytes(whole)} and {format_bytes(free)} are free: "
-                f"decoded {cut}, which takes {format_bytes(needed)}"
+                f"decoded {chosen}, which takes {format_bytes(needed)}"
             )
             if self.told.get(tuple(z.shape)) is None:
                 logger.warning("the VAE: %s", told)

@@ -117,6 +117,16 @@ def test_a_pipeline_says_that_it_cut(tiny):
     assert str(pipe.quantization_report) == str(pipe.quantization_report)
 
 
+def test_a_wrong_ratio_is_not_tiled():
+    """AutoencoderKLLTX2Video derives 64 where its configuration says nothing, and decodes by 32: its tiles would not join."""
+    with torch.device("meta"):
+        vae = published_models()["ltx-2.3"].components["vae"](spatial_compression_ratio=None).bfloat16()
+    z = torch.empty(1, vae.config.latent_channels, 3, 16, 24, dtype=torch.bfloat16, device="meta")
+    fit_decoding(vae, lambda device: 0)
+    assert vae.decode(z, temb=None, return_dict=False)[0].shape[-2:] == (512, 768)
+    assert not vae.decode.told
+
+
 def test_tiling_by_hand_stays(tiny):
     vae = load_pipeline(tiny("qwen-image"), dtype=torch.bfloat16).vae
     del vae.decode

@@ -52,8 +52,9 @@ _CONNECTORS_2_3 = partial(
     proj_bias=True,
     rope_type="split",
 )
+_VAE = partial(AutoencoderKLLTX2Video, spatial_compression_ratio=32, temporal_compression_ratio=8)
 _VAE_2_3 = partial(
-    AutoencoderKLLTX2Video,
+    _VAE,
     block_out_channels=(256, 512, 1024, 1024),
     decoder_block_out_channels=(256, 512, 512, 1024),
     layers_per_block=(4, 6, 4, 2, 2),
@@ -207,7 +208,7 @@ FAMILY = Family(
                 "text_encoder": gemma3_12b,
                 "connectors": LTX2TextConnectors,
                 "transformer": LTX2VideoTransformer3DModel,
-                "vae": AutoencoderKLLTX2Video,
+                "vae": _VAE,
                 "audio_vae": AutoencoderKLLTX2Audio,
                 "vocoder": LTX2Vocoder,
             },
