@@ -80,5 +80,5 @@ def sample(generator: np.random.Generator, single: float = 0.15) -> Scene:
 
 
 def held_out(scene: Scene) -> bool:
-    """True for a tenth of the scenes of two things, always the same: no model is trained on them, and scores are made with them."""
+    """True for a tenth of the scenes of two things, always the same: no model is trained on them, and scores are theirs."""
     return len(scene.things) == 2 and blake2b(scene.caption.encode(), digest_size=2).digest()[0] % _HELD_OUT_IN == 0
