@@ -116,3 +116,54 @@ def lora(
     place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-lora"
     methods = method or [name for name in VALID_METHODS if name != "none"]
     report(plan(geometry or ["tiny-klein"], methods, place, timeout), print_plain, output, table, None, again)
+
+
+@bench_app.command()
+def quality(
+    source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
+    methods: Annotated[str, typer.Option(help="Methods of the transformer, separated by commas.")] = "int8,fp8-dynamic,int4",
+    captions: Annotated[int | None, typer.Option(min=1, help="Prompts: so many captions of scenes, and their score.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts: a text file, one a line.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keeps pictures and results; a later run goes on from it.")] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    floor: Annotated[str, typer.Option(help="What bf16 itself is compared with: float32, compile or skip.")] = "float32",
+    sheet: Annotated[Path | None, typer.Option(help="A contact sheet, PNG.")] = None,
+    report: Annotated[Path | None, typer.Option(help="A report that holds all it shows, HTML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The same prompts and seeds under each method: PSNR, SSIM, FLIP, latents, noisiest layers, caption score."""
+    from .bench import quality as bench
+    from .bench.quality_report import contact_sheet, table, write_report
+
+    if (captions is None) == (prompts is None):
+        raise ValueError("give --captions N or --prompts FILE, one of the two")
+    asked = bench.scene_captions(captions) if captions else _lines(prompts)
+    size = {"height": height, "width": width, "num_inference_steps": steps}
+    options = bench.Options(
+        source,
+        tuple(bench.methods_of(methods)),
+        asked,
+        folder or bench.default_folder(source),
+        captions is not None,
+        {name: value for name, value in size.items() if value is not None},
+        floor,
+    )
+    rows = list(bench.run(options))
+    if sheet:
+        contact_sheet(rows, options.folder, asked).save(sheet)
+    if report:
+        write_report(report, rows, options.folder, asked)
+    print_plain(json.dumps(rows, indent=2) if as_json else table(rows))
+
+
+def _lines(path: Path | None) -> tuple[str, ...]:
+    """The lines of a file that are not empty."""
+    assert path is not None
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r} of prompts")
+    found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not found:
+        raise ValueError(f"{str(path)!r} holds no prompt: write one a line")
+    return found

@@ -1,0 +1,216 @@
+"""What quantizing does to pictures: the same prompts and seeds under each method, compared with bf16.
+
+Beside the pictures: how far the latents are at every step, which layers' outputs are noisiest, and, where the prompts are
+captions of scenes (`llm_dit.tiny.scenes`), how many parts of a caption a program reads off the picture. How far bf16 itself is from
+float32, or from its own compiled form, is measured too: no method can be asked to be closer.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from ..generate import GenerateOptions, call_arguments
+from ..load import load_pipeline
+from ..names import check_name
+from ..quantization import METHODS, get_method
+from ..tiny import scenes
+from .layer_noise import layer_noise
+from .picture_metrics import METRICS, require_metrics
+from .results import Row, write_text
+
+REFERENCE: Final = "none"
+FLOORS: Final = ("float32", "compile", "skip")
+WORST: Final = 5
+"""Layers that are named."""
+FRAMES: Final = 8
+"""Frames of a clip that are compared, evenly spread."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare, and how.
+
+    Attributes:
+        source: a pipeline's folder or repository.
+        methods: of the transformer.
+        prompts: one picture each; the n-th is made with seed n everywhere.
+        folder: keeps pictures and results, from which an interrupted run goes on.
+        captions: the prompts are captions of scenes, and are scored.
+        call: further arguments of the pipeline's call, e.g. its size.
+        floor: what bf16 is compared with for the noise floor: "float32", "compile" or "skip".
+    """
+
+    source: str
+    methods: tuple[str, ...]
+    prompts: tuple[str, ...]
+    folder: Path
+    captions: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
+    floor: str = "float32"
+
+
+def scene_captions(count: int) -> tuple[str, ...]:
+    """Captions of scenes that no model of ours was trained on, always the same."""
+    generator = np.random.default_rng(0)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        scene = scenes.sample(generator, single=0)
+        if scenes.held_out(scene):
+            found[scene.caption] = None
+    return tuple(found)
+
+
+def run(options: Options) -> Iterator[Row]:
+    """A row for bf16, one for the noise floor, and one for every method.
+
+    Raises:
+        ValueError: for unknown names, or where a library is missing.
+    """
+    require_metrics()
+    check_name(options.floor, FLOORS, "floor")
+    methods = [get_method(method).name for method in options.methods if get_method(method).name != REFERENCE]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    _check_same_question(options)
+    yield _measured(options, REFERENCE)
+    if options.floor != "skip":
+        yield _measured(options, options.floor)
+    for method in methods:
+        yield _measured(options, method)
+
+
+def _check_same_question(options: Options) -> None:
+    """Raises ValueError if the folder holds the pictures of another question."""
+    asked = {"source": options.source, "prompts": list(options.prompts), "call": {k: repr(v) for k, v in options.call.items()}}
+    place = options.folder / "question.json"
+    if place.is_file() and json.loads(place.read_text(encoding="utf-8")) != asked:
+        raise ValueError(f"{str(options.folder)!r} holds pictures of another model, other prompts or sizes: give another folder")
+    write_text(place, json.dumps(asked, indent=2) + "\n")
+
+
+def _measured(options: Options, method: str) -> Row:
+    folder = options.folder / method
+    done = folder / "row.json"
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    folder.mkdir(exist_ok=True)
+    facts = _generate_all(options, method, folder)
+    row = {"source": options.source, "method": method, "prompts": len(options.prompts), **facts, **_compared(options, method)}
+    write_text(done, json.dumps(row, indent=2) + "\n")
+    return row
+
+
+def _load(options: Options, method: str) -> Any:
+    cuda = torch.cuda.is_available()
+    keywords: dict[str, Any] = {"torch_dtype": torch.float32 if method == "float32" else torch.bfloat16}
+    keywords |= {"device_map": "cuda"} if cuda else {}
+    keywords |= {"compile": True} if method == "compile" else {}
+    if method in METHODS and method != REFERENCE:
+        keywords["quantization_transformer"] = method
+    pipe = load_pipeline(options.source, **keywords)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _generate_all(options: Options, method: str, folder: Path) -> Row:
+    """Makes the pictures that are not there yet; returns what else the model says."""
+    pipe = _load(options, method)
+    worst: list[Any] = []
+    for index, prompt in enumerate(tqdm(options.prompts, desc=method, unit="picture", delay=2, leave=False)):
+        first = index == 0 and method in METHODS and method != REFERENCE
+        if first:
+            with layer_noise(pipe.transformer) as read:
+                _generate(pipe, options, prompt, index, folder)
+            worst = [asdict(layer) for layer in read()[:WORST]]
+        elif not _latents(folder, index).is_file():
+            _generate(pipe, options, prompt, index, folder)
+    held = pipe.quantization_report
+    facts = {"bytes": held["transformer"].bytes_after, "worst_layers": worst}
+    del pipe
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return facts
+
+
+def _generate(pipe: Any, options: Options, prompt: str, seed: int, folder: Path) -> None:
+    asked = GenerateOptions(options.source, prompt, folder, call=dict(options.call), seed=seed)
+    arguments = {**call_arguments(pipe, asked), "output_type": "np"}
+    steps: list[torch.Tensor] = []
+
+    def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(tensors["latents"].detach().float().cpu().clone())
+        return {}
+
+    result = pipe(**arguments, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    for number, picture in enumerate(pictures_of(result)):
+        Image.fromarray(picture).save(folder / f"{seed:04}-{number}.png")
+    save_file({f"step{number:03}": tensor.contiguous() for number, tensor in enumerate(steps)}, _latents(folder, seed))
+
+
+def pictures_of(result: Any) -> list[np.ndarray]:
+    """The pictures of a result, or frames of its first clip, as [H, W, 3] uint8."""
+    if hasattr(result, "images"):
+        found = np.asarray(result.images[:1])
+    else:
+        frames = np.asarray(result.frames[0])
+        found = frames[np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)]
+    return [(np.clip(picture, 0, 1) * 255).round().astype(np.uint8) for picture in found]
+
+
+def _latents(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:04}.safetensors"
+
+
+def _read_pictures(folder: Path, seed: int) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob(f"{seed:04}-*.png"))]
+
+
+def _compared(options: Options, method: str) -> Row:
+    row: Row = {}
+    folder, reference = options.folder / method, options.folder / REFERENCE
+    if options.captions:
+        scores = [scenes.score(_to_scene(_read_pictures(folder, i)[0]), prompt) for i, prompt in enumerate(options.prompts)]
+        row["caption_score"] = statistics.mean(one.whole for one in scores)
+        row["caption_parts"] = statistics.mean(one.share for one in scores)
+    if method == REFERENCE:
+        return row
+    numbers = range(len(options.prompts))
+    pairs = [pair for i in numbers for pair in zip(_read_pictures(reference, i), _read_pictures(folder, i), strict=True)]
+    for name, metric in METRICS.items():
+        row[name] = statistics.median(metric(*pair) for pair in pairs)
+    errors = [_step_errors(_latents(reference, i), _latents(folder, i)) for i in numbers]
+    row["latent_error"] = [statistics.median(step) for step in zip(*errors, strict=True)]
+    return row
+
+
+def _to_scene(picture: np.ndarray) -> np.ndarray:
+    side = 128
+    return picture if picture.shape[:2] == (side, side) else np.asarray(Image.fromarray(picture).resize((side, side)))
+
+
+def _step_errors(reference: Path, other: Path) -> list[float]:
+    """Relative L2 error of the latents after every step."""
+    expected, found = load_file(reference), load_file(other)
+    return [float((found[name] - expected[name]).norm() / expected[name].norm()) for name in sorted(expected)]
+
+
+def default_folder(source: str) -> Path:
+    """Where a run keeps its pictures if nobody says."""
+    return Path("quality") / Path(source).name
+
+
+def methods_of(text: str) -> Sequence[str]:
+    """The methods of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]

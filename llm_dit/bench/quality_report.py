@@ -1,0 +1,96 @@
+"""The results of `bench quality` to look at: a contact sheet, and one HTML file that holds all it shows."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, ImageDraw
+
+from ..quantization.report import format_bytes
+from .results import Row, write_text
+
+COLUMNS: Final[Mapping[str, tuple[str, str]]] = {
+    "caption_score": ("captions right", ".1%"),
+    "caption_parts": ("parts right", ".1%"),
+    "psnr": ("PSNR dB", ".1f"),
+    "ssim": ("SSIM", ".4f"),
+    "flip": ("FLIP", ".4f"),
+}
+"""By the key of a row, its title and format."""
+_SHOWN: Final = 8
+"""Pictures of a row of the sheet."""
+_LABEL: Final = 200
+"""Width of the labels in pixels."""
+_LEAST: Final = 128
+"""Side of a picture on the sheet, at least."""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the rows."""
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    titles = ["method", "transformer", *(COLUMNS[key][0] for key in keys), "latent error, last step"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    return "\n".join([*lines, *(f"| {' | '.join(_cells(row, keys))} |" for row in rows)])
+
+
+def _cells(row: Row, keys: Sequence[str]) -> list[str]:
+    values = [format(row[key], COLUMNS[key][1]) if key in row else "" for key in keys]
+    return [row["method"], format_bytes(row["bytes"]), *values, f"{row['latent_error'][-1]:.4f}" if "latent_error" in row else ""]
+
+
+def contact_sheet(rows: Sequence[Row], folder: Path, prompts: Sequence[str]) -> Image.Image:
+    """A row of pictures per method, with what was measured beside it."""
+    shown = range(min(_SHOWN, len(prompts)))
+    found = {row["method"]: [_first_picture(folder / row["method"], seed) for seed in shown] for row in rows}
+    side = max(_LEAST, next(iter(found.values()))[0].width if max(map(len, found.values())) else _LEAST)
+    sheet = Image.new("RGB", (_LABEL + side * len(shown), side * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, row in enumerate(rows):
+        pen.multiline_text((8, place * side + 8), "\n".join(_told(row)), fill="black", spacing=3)
+        for column, picture in enumerate(found[row["method"]]):
+            sheet.paste(picture.resize((side, side)), (_LABEL + column * side, place * side))
+    return sheet
+
+
+def _first_picture(folder: Path, seed: int) -> Image.Image:
+    return Image.open(folder / f"{seed:04}-0.png").convert("RGB")
+
+
+def _told(row: Row) -> list[str]:
+    values = [f"{title} {format(row[key], form)}" for key, (title, form) in COLUMNS.items() if key in row]
+    return [row["method"], format_bytes(row["bytes"]), *values]
+
+
+def write_report(path: Path, rows: Sequence[Row], folder: Path, prompts: Sequence[str]) -> None:
+    """One HTML file: the table, the sheet, the prompts, and the layers whose outputs are noisiest."""
+    buffer = io.BytesIO()
+    contact_sheet(rows, folder, prompts).save(buffer, "PNG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    titles = ["method", "transformer", *(COLUMNS[key][0] for key in keys), "latent error, last step"]
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _cells(row, keys))}</tr>" for row in rows)
+    layers = "".join(
+        f"<li>{html.escape(row['method'])}: "
+        + ", ".join(
+            f"{html.escape(layer['name'])} ({layer['output_db'] or layer['weight_db']:.1f} dB)" for layer in row["worst_layers"]
+        )
+        for row in rows
+        if row.get("worst_layers")
+    )
+    listed = "".join(f"<li>{html.escape(prompt)}" for prompt in prompts[:_SHOWN])
+    write_text(
+        path,
+        f"""<!doctype html><meta charset="utf-8"><title>{html.escape(str(rows[0]["source"]))}</title>
+<style>body{{font:14px sans-serif;margin:2em}}td,th{{padding:.3em .8em;text-align:left}}img{{max-width:100%}}</style>
+<h1>{html.escape(str(rows[0]["source"]))}</h1>
+<table><tr>{"".join(f"<th>{html.escape(title)}</th>" for title in titles)}</tr>{body}</table>
+<p>Medians over {rows[0]["prompts"]} prompts, against bf16 ("none"); "float32" or "compile" is bf16's own distance.</p>
+<img alt="contact sheet" src="data:image/png;base64,{encoded}"><ol>{listed}</ol>
+<h2>Noisiest layers</h2><p>Signal to noise ratio of their outputs on the first picture.</p><ul>{layers}</ul>
+""",
+    )

@@ -1,0 +1,150 @@
+"""`bench quality` on tiny pipelines: what it measures is ordered as the methods are, and an interrupted run goes on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from llm_dit import load_pipeline
+from llm_dit.bench import quality
+from llm_dit.bench.layer_noise import layer_noise, signal_to_noise
+from llm_dit.bench.picture_metrics import MOST_DB, flip, psnr, ssim
+from llm_dit.cli import app
+from llm_dit.tiny import get
+
+pytest.importorskip("skimage")
+pytest.importorskip("flip_evaluator")
+
+SIZE = {"height": 64, "width": 64, "num_inference_steps": 2}
+
+
+def options(tiny, folder, **keywords):
+    defaults = {"methods": ("int8", "int4"), "prompts": quality.scene_captions(2), "captions": True, "call": SIZE}
+    return quality.Options(str(tiny("z-image")), folder=folder, **{**defaults, **keywords})
+
+
+@pytest.fixture(scope="module")
+def rows(tiny, tmp_path_factory):
+    return list(quality.run(options(tiny, tmp_path_factory.mktemp("quality"))))
+
+
+def test_better_methods_measure_better(rows):
+    reference, floor, int8, int4 = rows
+    assert [row["method"] for row in rows] == ["none", "float32", "int8", "int4"]
+    assert "psnr" not in reference
+    assert floor["psnr"] > int8["psnr"] > int4["psnr"] > 10
+    assert floor["ssim"] > int8["ssim"] > int4["ssim"]
+    assert floor["flip"] < int8["flip"] < int4["flip"]
+    assert len(int8["latent_error"]) == SIZE["num_inference_steps"]
+    assert floor["latent_error"][-1] < int8["latent_error"][-1] < int4["latent_error"][-1]
+    assert reference["bytes"] > int8["bytes"] > int4["bytes"]
+    assert all(0 <= row["caption_score"] <= row["caption_parts"] <= 1 for row in rows)
+    assert len(int4["worst_layers"]) == quality.WORST
+    assert max(layer["output_db"] for layer in int4["worst_layers"]) < min(layer["output_db"] for layer in int8["worst_layers"])
+    json.dumps(rows, allow_nan=False)
+
+
+def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
+    asked = options(tiny, tmp_path, methods=("int8",), floor="skip")
+    made = []
+    generate = quality._generate
+
+    def counted(pipe, options, prompt, seed, folder):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append((folder.name, seed))
+        generate(pipe, options, prompt, seed, folder)
+
+    monkeypatch.setattr(quality, "_generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        list(quality.run(asked))
+    made.clear()
+    monkeypatch.setattr(quality, "_generate", lambda *args: (made.append((args[4].name, args[3])), generate(*args)))
+    rows = list(quality.run(asked))
+    # The first picture of a method is made again, because the layers are compared in it.
+    assert made == [("int8", 0), ("int8", 1)]
+    made.clear()
+    assert list(quality.run(asked)) == rows
+    assert made == []
+
+
+def test_another_question_is_refused(tiny, tmp_path):
+    list(quality.run(options(tiny, tmp_path, methods=(), floor="skip")))
+    with pytest.raises(ValueError, match="holds pictures of another model, other prompts or sizes"):
+        list(quality.run(options(tiny, tmp_path, methods=(), floor="skip", call={**SIZE, "height": 128})))
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "qwen-image", "ltx2.3"])
+def test_every_family(name, tiny, tmp_path):
+    call = {key: value for key, value in get(name).call().items() if key not in ("prompt", "generator", "output_type")}
+    asked = quality.Options(str(tiny(name)), ("int8",), ("a red circle",), tmp_path, call=call, floor="skip")
+    _, row = quality.run(asked)
+    assert 20 < row["psnr"] <= MOST_DB
+    assert "caption_score" not in row
+
+
+def test_the_command(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    arguments = ["bench", "quality", str(tiny("z-image")), "--methods", "int8", "--prompts", str(tmp_path / "prompts.txt")]
+    size = ["--height", "64", "--width", "64", "--steps", "2", "--folder", str(tmp_path / "kept"), "--floor", "skip"]
+    files = ["--sheet", str(tmp_path / "sheet.png"), "--report", str(tmp_path / "report.html")]
+    result = CliRunner().invoke(app, [*arguments, *size, *files])
+    assert result.exit_code == 0, result.output
+    assert "| int8 |" in result.output
+    assert Image.open(tmp_path / "sheet.png").size[1] == 2 * 128
+    report = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in report
+    assert 'src="http' not in report
+    assert "a blue square" in report
+    result = CliRunner().invoke(app, [*arguments, *size, "--json"])
+    assert [row["method"] for row in json.loads(result.output[result.output.index("[") :])] == ["none", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the two"),
+        (["--captions", "2", "--prompts", "x"], "one of the two"),
+        (["--prompts", "nowhere.txt"], "there is no file"),
+        (["--captions", "2", "--methods", "int9"], "int9"),
+        (["--captions", "2", "--floor", "bf8"], "unknown floor"),
+    ],
+)
+def test_what_is_asked_wrongly(arguments, message, tiny, tmp_path):
+    command = ["bench", "quality", str(tiny("z-image")), "--folder", str(tmp_path / "q"), *arguments]
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, command, catch_exceptions=False, standalone_mode=False)
+
+
+def test_layers_are_compared_with_the_checkpoint(tiny):
+    pipe = load_pipeline(tiny("z-image"), quantization="int8")
+    with layer_noise(pipe.transformer) as read:
+        pipe.set_progress_bar_config(disable=True)
+        pipe(**get("z-image").call())
+    found = {layer.name: layer for layer in read()}
+    assert len(found) == pipe.quantization_report["transformer"].quantized_layers
+    assert all(35 < layer.weight_db < 55 for layer in found.values())
+    assert not any(module._forward_hooks for module in pipe.transformer.modules())
+
+
+@given(noise=st.floats(1e-3, 10), seed=st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_signal_to_noise(noise, seed):
+    generator = torch.Generator().manual_seed(seed)
+    signal, error = torch.randn(2, 4000, generator=generator)
+    assert signal_to_noise(signal, signal + noise * error) == pytest.approx(-20 * np.log10(noise), abs=0.5)
+    assert signal_to_noise(signal, signal) == MOST_DB
+
+
+def test_metrics_of_known_pictures():
+    grey = np.full((64, 64, 3), 100, np.uint8)
+    assert psnr(grey, grey) == MOST_DB
+    assert psnr(grey, grey + 10) == pytest.approx(20 * np.log10(255 / 10))
+    assert ssim(grey, grey) == 1
+    assert flip(grey, grey) == 0
+    assert 0 < flip(grey, grey + 10) < flip(grey, grey + 80) <= 1
