@@ -1,8 +1,8 @@
 """What quantizing does to pictures: the same prompts and seeds under each method, compared with bf16.
 
 Beside the pictures: how far the latents are at every step, which layers' outputs are noisiest, and, where the prompts are
-captions of scenes (`llm_dit.tiny.scenes`), how many parts of a caption a program reads off the picture. How far bf16 itself is from
-float32, or from its own compiled form, is measured too: no method can be asked to be closer.
+captions of scenes (`llm_dit.tiny.scenes`), how many parts of a caption a program reads off the picture. How far bf16 is from
+float32, or from its own compiled form, is measured too: no method can be asked to be closer than that.
 """
 
 from __future__ import annotations
