@@ -167,3 +167,51 @@ def _lines(path: Path | None) -> tuple[str, ...]:
     if not found:
         raise ValueError(f"{str(path)!r} holds no prompt: write one a line")
     return found
+
+
+@bench_app.command()
+def sensitivity(
+    source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
+    method: Annotated[str, typer.Option(help="Method of the transformer.")] = "int4",
+    at_least: Annotated[float, typer.Option("--psnr", help="The quality to hold: median PSNR in dB against bf16.")] = 30.0,
+    by: Annotated[str, typer.Option(help="Groups of layers: kind (one Linear of all like blocks) or block.")] = "kind",
+    captions: Annotated[int | None, typer.Option(min=1, help="Prompts: so many captions of scenes.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts: a text file, one a line.")] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the groups; a later run goes on from it.")
+    ] = None,
+    toml: Annotated[Path | None, typer.Option(help="Write the section of config.toml.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which layers a method harms most per byte, and the skip list that holds a quality at the fewest bytes."""
+    from dataclasses import asdict
+
+    from .bench import sensitivity as bench
+    from .bench.quality import scene_captions
+    from .bench.results import write_text
+    from .quantization.report import format_bytes
+
+    if (captions is None) == (prompts is None):
+        raise ValueError("give --captions N or --prompts FILE, one of the two")
+    asked = scene_captions(captions) if captions else _lines(prompts)
+    size = {"height": height, "width": width, "num_inference_steps": steps}
+    call = {name: value for name, value in size.items() if value is not None}
+    trial = bench.Sensitivity(bench.Options(source, method, asked, by, call, output))
+    rows = sorted(trial.rows(), key=lambda row: -row["harm_per_mib"])
+    uniform, mix = trial.measure(()), trial.best(rows, at_least)
+    section = bench.toml_of(trial.pipe.family.name, trial.method.name, mix)
+    if toml:
+        write_text(toml, section)
+    if as_json:
+        print_plain(json.dumps({"groups": rows, "uniform": asdict(uniform), "mix": asdict(mix)}, indent=2))
+        return
+    print_plain("| group | layers | saves | error | PSNR dB | harm per MiB |\n|---|---|---|---|---|---|")
+    for row in rows:
+        cells = (row["group"], row["layers"], format_bytes(row["bytes_saved"]), f"{row['error']:.4f}", f"{row['psnr']:.1f}")
+        print_plain(f"| {' | '.join(map(str, cells))} | {row['harm_per_mib']:.3g} |")
+    for title, one in (("all groups", uniform), (f"{len(mix.skip)} groups left alone", mix)):
+        print_plain(f"{title}: {one.psnr:.1f} dB, transformer {format_bytes(one.bytes)}")
+    print_plain(section)

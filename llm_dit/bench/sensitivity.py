@@ -1,0 +1,208 @@
+"""Which layers a method harms most for the bytes it saves, and which to leave alone for a given quality.
+
+One group of layers is quantized at a time in a bf16 model, and the pictures are compared. Groups are ranked by harm, the squared
+relative error of the final latents, per byte saved: squared, because errors of different layers add like noise. Leaving the first k
+of the ranking alone is then tried for real, and the smallest k that holds the quality asked for becomes a `skip` list.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..generate import GenerateOptions, call_arguments
+from ..load import load_pipeline
+from ..names import check_name
+from ..quantization import get_method
+from ..quantization.component import require_quantizable
+from ..quantization.filters import Layer, decide_layers
+from ..quantization.sizes import tensor_bytes
+from ..quantization.torchao_tensors.stream import quantize_weight
+from .picture_metrics import psnr, require_metrics
+from .quality import pictures_of
+from .results import Row, read_rows, write_text
+
+GROUPINGS: Final = ("kind", "block")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to try.
+
+    Attributes:
+        source: a pipeline's folder or repository.
+        method: of the transformer.
+        prompts: one picture each; the n-th is made with seed n.
+        by: groups of layers: "kind" (one Linear of all blocks that are alike) or "block".
+        call: further arguments of the pipeline's call.
+        output: JSON of the rows, from which an interrupted run goes on.
+    """
+
+    source: str
+    method: str
+    prompts: tuple[str, ...]
+    by: str = "kind"
+    call: Mapping[str, Any] | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A choice of layers.
+
+    Attributes:
+        skip: patterns of what stays in bf16, as config.toml and `quantization_skip` take them.
+        psnr: median PSNR in dB against bf16.
+        bytes: of the transformer.
+    """
+
+    skip: tuple[str, ...]
+    psnr: float
+    bytes: int
+
+
+class Sensitivity:
+    """One pipeline in bf16, whose layers are quantized and put back.
+
+    Raises:
+        ValueError: for unknown names, a method that quantizes nothing, or where a library is missing.
+    """
+
+    def __init__(self, options: Options) -> None:
+        require_metrics()
+        self.options, self.method = options, get_method(options.method)
+        check_name(options.by, GROUPINGS, "grouping")
+        device = {"device_map": "cuda"} if torch.cuda.is_available() else {}
+        self.pipe = load_pipeline(options.source, torch_dtype=torch.bfloat16, **device)
+        self.pipe.set_progress_bar_config(disable=True)
+        layers = decide_layers(self.pipe.transformer, self.method, "transformer", "per-row")
+        require_quantizable(layers, self.method, "transformer")
+        self.layers = [layer for layer in layers if layer.config is not None]
+        self.groups: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            self.groups.setdefault(group_of(layer.name, options.by), []).append(layer)
+        self.reference = self._generate()
+
+    def rows(self) -> Iterator[Row]:
+        """A row for every group, as it is measured; those that `output` holds are not measured again."""
+        known = {row["group"]: row for row in read_rows(self.options.output) if row.get("method") == self.method.name}
+        rows = []
+        for group, layers in tqdm(self.groups.items(), desc="Groups", delay=2, leave=False):
+            row = known.get(group) or self._row(group, layers)
+            rows.append(row)
+            if self.options.output:
+                write_text(self.options.output, json.dumps(rows, indent=2) + "\n")
+            yield row
+
+    def _row(self, group: str, layers: Sequence[Layer]) -> Row:
+        with self._quantized(layers) as saved:
+            latents, pictures = self._generate()
+        error = mean(_relative(found, wanted) for found, wanted in zip(latents, self.reference[0], strict=True))
+        return {
+            "source": self.options.source,
+            "method": self.method.name,
+            "group": group,
+            "layers": len(layers),
+            "bytes_saved": saved,
+            "error": error,
+            "psnr": self._psnr(pictures),
+            "harm_per_mib": error**2 / (saved / 2**20),
+        }
+
+    def best(self, rows: Sequence[Row], at_least: float) -> Mix:
+        """The fewest bytes with a median PSNR of `at_least` dB: the smallest number of groups left alone, most harmful first.
+
+        Raises:
+            ValueError: if quantizing the least harmful group alone is already worse.
+        """
+        ranked = [row["group"] for row in sorted(rows, key=lambda row: -row["harm_per_mib"])]
+        low, high, found = 0, len(ranked) - 1, None
+        while low <= high:
+            middle = (low + high) // 2
+            mix = self.measure(ranked[:middle])
+            if mix.psnr >= at_least:
+                found, high = mix, middle - 1
+            else:
+                low = middle + 1
+        if found is None:
+            raise ValueError(f"{self.method.name} cannot hold {at_least:g} dB: {ranked[-1]!r} alone gives less; ask for less")
+        return found
+
+    def measure(self, skip: Sequence[str]) -> Mix:
+        """All groups but those of `skip` quantized at once."""
+        layers = [layer for group, members in self.groups.items() if group not in skip for layer in members]
+        with self._quantized(layers):
+            _, pictures = self._generate()
+            size = sum(tensor_bytes(parameter) for parameter in self.pipe.transformer.parameters())
+        return Mix(tuple(skip), self._psnr(pictures), size)
+
+    @contextmanager
+    def _quantized(self, layers: Sequence[Layer]) -> Iterator[int]:
+        """While it lasts, `layers` are quantized; yields the bytes that saves."""
+        before = [(layer.module, layer.module._parameters["weight"]) for layer in layers]
+        saved = 0
+        try:
+            for layer in layers:
+                assert layer.config is not None
+                weight = quantize_weight(layer.weight.detach(), layer.config)
+                saved += tensor_bytes(layer.weight) - tensor_bytes(weight)
+                layer.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            yield saved
+        finally:
+            for module, parameter in before:
+                module._parameters["weight"] = parameter
+
+    def _generate(self) -> tuple[list[Tensor], list[np.ndarray]]:
+        """(final latents, pictures) of all prompts."""
+        latents: list[Tensor] = []
+        pictures: list[np.ndarray] = []
+        for seed, prompt in enumerate(self.options.prompts):
+            asked = GenerateOptions(self.options.source, prompt, Path(), call=dict(self.options.call or {}), seed=seed)
+            last: dict[str, Tensor] = {}
+            result = self.pipe(
+                **{**call_arguments(self.pipe, asked), "output_type": "np"},
+                callback_on_step_end=lambda pipe, index, time, tensors, last=last: last.update(tensors) or {},
+                callback_on_step_end_tensor_inputs=["latents"],
+            )
+            latents.append(last["latents"].detach().float().cpu())
+            pictures += pictures_of(result)
+        return latents, pictures
+
+    def _psnr(self, pictures: Sequence[np.ndarray]) -> float:
+        return median(psnr(wanted, found) for wanted, found in zip(self.reference[1], pictures, strict=True))
+
+
+def group_of(name: str, by: str) -> str:
+    """The pattern of the group that a layer belongs to; one outside of the blocks is its own.
+
+    Example:
+        >>> group_of("layers.3.attention.to_q", "kind"), group_of("layers.3.attention.to_q", "block")
+        ('layers.*.attention.to_q', 'layers.3')
+    """
+    block = re.match(r"(.*?\.)(\d+)\.(.+)", name)
+    if block is None:
+        return name
+    owner, index, inner = block.groups()
+    return f"{owner}*.{inner}" if by == "kind" else f"{owner}{index}"
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def toml_of(family: str, method: str, mix: Mix) -> str:
+    """The section of config.toml that loads a mix."""
+    return f"[{family}]\nquantization_transformer = {method!r}\nquantization_skip = {json.dumps(list(mix.skip))}\n".replace(
+        "'", '"'
+    )
