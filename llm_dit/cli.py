@@ -89,7 +89,7 @@ def generate(
     encoder_file: EncoderFile = None,
     activation_scale: ActivationScale = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = None,
-    compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile, or cuda-graph.")] = None,
+    compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile, cuda-graph or cuda-graph-eager.")] = None,
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
     width: Annotated[int | None, typer.Option(min=1)] = None,

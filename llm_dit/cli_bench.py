@@ -41,7 +41,7 @@ def load(
 def speed(
     geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}, or layerwise; repeatable; all.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="eager, compile or graph; repeatable; all by default.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="eager, compile, graph or eager-graph; repeatable; all.")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="llm-dit, torchao, diffusers, sdnq; repeatable.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")

@@ -9,7 +9,7 @@ import torch
 
 from .cheaper_arithmetic import CheaperArithmetic
 from .graphs import graph_forward
-from .names import GRAPH_MODE
+from .names import EAGER_GRAPH_MODE, GRAPH_MODE, GRAPH_MODES
 
 
 def compile_component(model: Any, mode: str) -> None:
@@ -20,13 +20,16 @@ def compile_component(model: Any, mode: str) -> None:
 
     Args:
         mode: a mode of `torch.compile`, or "cuda-graph": compiled with the default mode, and the whole forward, compiled blocks
-            and all between them, captured in CUDA graphs (`llm_dit.graphs`).
+            and all between them, captured in CUDA graphs (`llm_dit.graphs`); or "cuda-graph-eager": captured and not compiled.
 
     Raises:
-        ValueError: for "cuda-graph" without a CUDA device.
+        ValueError: for a mode that captures without a CUDA device.
     """
-    if mode == GRAPH_MODE and not torch.cuda.is_available():
-        raise ValueError(f"compile_mode={GRAPH_MODE!r} captures CUDA graphs, and there is no CUDA device: use 'default'")
+    if mode in GRAPH_MODES and not torch.cuda.is_available():
+        raise ValueError(f"compile_mode={mode!r} captures CUDA graphs, and there is no CUDA device: use 'default'")
+    if mode == EAGER_GRAPH_MODE:
+        graph_forward(model)
+        return
     options = _options("default" if mode == GRAPH_MODE else mode)
     if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks(options=options)

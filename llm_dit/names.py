@@ -12,7 +12,9 @@ BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
 ACTIVATION_SCALES: Final = ("dynamic", "static")
 ENCODER_LAYERS: Final = ("all", "read")
 GRAPH_MODE: Final = "cuda-graph"
-COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", GRAPH_MODE)
+EAGER_GRAPH_MODE: Final = "cuda-graph-eager"
+GRAPH_MODES: Final = (GRAPH_MODE, EAGER_GRAPH_MODE)
+COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", *GRAPH_MODES)
 
 
 def nearest(value: object, valid: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from .names import (
     COMPONENT_TYPES,
     ENCODER_LAYERS,
     GRANULARITIES,
-    GRAPH_MODE,
+    GRAPH_MODES,
     check_name,
     nearest,
 )
@@ -112,9 +112,9 @@ class LoadRequest:
             notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compile_mode = options.compile_mode or section.compile_mode
-        if compile_mode == GRAPH_MODE and backends.get("transformer", backends[""]) == "layerwise":
+        if compile_mode in GRAPH_MODES and backends.get("transformer", backends[""]) == "layerwise":
             raise ValueError(
-                f"compile_mode={GRAPH_MODE!r} cannot capture a transformer that backend 'layerwise' casts block by block: use "
+                f"compile_mode={compile_mode!r} cannot capture a transformer that backend 'layerwise' casts block by block: use "
                 "'fp8-weight-only' with backend 'torchao', which is also faster"
             )
         return cls(

@@ -133,6 +133,18 @@ def test_cuda_graphs_give_the_picture_of_the_compiled_model(name, method, tiny):
     assert torch.equal(outputs[1], outputs[2])
 
 
+@pytest.mark.parametrize("method", ["none", "fp8-dynamic", "fp8-weight-only", "int8", "int4"])
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image", "ltx2.3"])
+def test_graphs_of_the_eager_model_give_its_picture(name, method, tiny):
+    keywords = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_transformer": method}
+    expected = generate(load_pipeline(tiny(name), **keywords), name)
+    pipe = load_pipeline(tiny(name), **keywords, compile=True, compile_mode="cuda-graph-eager")
+    outputs = [generate(pipe, name) for _ in range(3)]
+    assert pipe.transformer.forward.captured > 0
+    for output in outputs:
+        assert torch.equal(output, expected)
+
+
 def test_cuda_graphs_follow_what_changes(tiny):
     pipe = load_pipeline(tiny("flux2-klein"), dtype=torch.bfloat16, device_map="cuda", compile=True, compile_mode="cuda-graph")
     generate(pipe, "flux2-klein")

@@ -57,7 +57,8 @@ def test_signatures_tell_shapes_and_values_apart():
 def test_without_cuda_the_mode_is_refused(tiny):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=r"'cuda-graph' captures CUDA graphs, and there is no CUDA device: use 'default'"):
-        compile_component(nn.Linear(4, 4), "cuda-graph")
-    with pytest.raises(ValueError, match="cuda-graph"):
-        load_pipeline(tiny("z-image"), compile=True, compile_mode="cuda-graph")
+    for mode in ("cuda-graph", "cuda-graph-eager"):
+        with pytest.raises(ValueError, match=f"'{mode}' captures CUDA graphs, and there is no CUDA device: use 'default'"):
+            compile_component(nn.Linear(4, 4), mode)
+        with pytest.raises(ValueError, match=mode):
+            load_pipeline(tiny("z-image"), compile=True, compile_mode=mode)

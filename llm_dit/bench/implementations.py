@@ -21,7 +21,7 @@ from ..quantization.filters import decide_layers
 from ..quantization.torchao_tensors.int4 import GROUP_SIZE
 
 Prepare = Callable[[nn.Module], nn.Module]
-COMPILE_MODES: Final[Mapping[str, str]] = {"compile": "default", "graph": "cuda-graph"}
+COMPILE_MODES: Final[Mapping[str, str]] = {"compile": "default", "graph": "cuda-graph", "eager-graph": "cuda-graph-eager"}
 """The mode of `compile_component` behind a mode of the benchmark; "eager" has none."""
 MODES: Final = ("eager", *COMPILE_MODES)
 FP8_MATMUL: Final = frozenset({"fp8-dynamic", "int4-fp8"})
