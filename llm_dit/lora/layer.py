@@ -63,6 +63,13 @@ class ExactLoraLinear(LoraLinear):
         self.original, self.fused = None, {}
         self.merged_adapters.clear()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft, where what a fused adapter added stays: it is part of the weight from now on, and not undone any more."""
+        if adapter_name in self.fused:
+            self.original, self.fused = None, {}
+            self.merged_adapters.clear()
+        super().delete_adapter(adapter_name)
+
     def fusing_noise(self) -> float:
         """Energy of the weight as it is now minus that of the sum it was quantized from, relative to the latter."""
         weight: Any = self.get_base_layer().weight

@@ -244,6 +244,29 @@ def test_copies_unfuse_on_their_own(source, tiny, tmp_path):
         assert same(bits(pipe.transformer, TARGETS[name]), fused)
 
 
+@pytest.mark.parametrize("how", ["unload", "delete"])
+def test_what_was_fused_stays_without_its_adapter(how, tiny):
+    """As in diffusers: adapters are fused and thrown away to save memory, and others come on top."""
+    name = "z-image"
+    pipe = load_pipeline(tiny(name), quantization="int8", text_encoder=None, vae=None)
+    weights = bits(pipe.transformer, TARGETS[name])
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name]), adapter_name="one")
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name], seed=6), adapter_name="other")
+    pipe.fuse_lora(adapter_names=["one"])
+    fused = bits(pipe.transformer, TARGETS[name])
+    if how == "unload":
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name], seed=6), adapter_name="other")
+    else:
+        pipe.delete_adapters("one")
+    assert same(bits(pipe.transformer, TARGETS[name]), fused)
+    pipe.fuse_lora(adapter_names=["other"])
+    assert not same(bits(pipe.transformer, TARGETS[name]), fused)
+    pipe.unfuse_lora()
+    assert same(bits(pipe.transformer, TARGETS[name]), fused)
+    assert not same(fused, weights)
+
+
 # --- what is wrong with a LoRA -------------------------------------------------------------------------------------------------
 
 BROKEN = {
