@@ -66,10 +66,12 @@ class FittedDecode:
         vae: Any = self._vae()
         if vae is None:
             raise RuntimeError("this decode was taken from a VAE that no longer exists: call the VAE's")
+        decode = type(vae).decode.__get__(vae)
+        if torch.compiler.is_compiling():
+            return decode(z, *args, **kwargs)
         if hasattr(vae, "_hf_hook"):
             vae._hf_hook.pre_forward(vae)  # offloading makes room first
         free = self._free_bytes(z.device)
-        decode = type(vae).decode.__get__(vae)
         if free is None or vae.use_tiling:
             return decode(z, *args, **kwargs)
         before = _settings(vae)

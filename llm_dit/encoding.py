@@ -22,6 +22,7 @@ class EncodingMixin(DiffusionPipeline):
     """Before a diffusers pipeline in the bases."""
 
     family: ClassVar[Family]
+    _dropped: tuple[str, ...]
 
     def _note(self, about: str, notes: list[str]) -> None:
         raise NotImplementedError
@@ -66,6 +67,7 @@ class EncodingMixin(DiffusionPipeline):
             _move(model, torch.device("cpu"))
         if drop:
             self.register_modules(**dict.fromkeys(encoders))
+            self._dropped = tuple(encoders)
         self._note("encoding", [_told(name, model, place, drop) for name, model in encoders.items()])
         del encoders, model
         if place.type == "cuda":

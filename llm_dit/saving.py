@@ -34,6 +34,8 @@ _PACKAGES: Final = ("llm-dit", "torch", "torchao", "diffusers", "transformers")
 class SavingMixin(DiffusionPipeline):
     """Before a diffusers pipeline in the bases; see the methods of the same names there."""
 
+    _dropped: tuple[str, ...] = ()
+
     @property
     def quantization_report(self) -> QuantizationReport:
         raise NotImplementedError
@@ -47,13 +49,21 @@ class SavingMixin(DiffusionPipeline):
             NotADirectoryError: if there is a file of that name.
             ValueError: for a component that would not load again.
         """
+        dropped = [name for name in self._dropped if getattr(self, name, None) is None]
+        if dropped:
+            raise ValueError(
+                f"{', '.join(dropped)} was dropped after encoding, and a saved pipeline needs it: load the pipeline anew"
+            )
         prepare_for_saving(models_of(self))
         target = Path(save_directory)
         if target.is_file():
             raise NotADirectoryError(f"{str(target)!r} is a file, and a pipeline is saved to a folder: give another name")
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.absolute().name)
-        with written_beside(target) as beside:
+        if kwargs.get("is_main_process") is False:  # another process writes the folder
+            super().save_pretrained(str(target), *args, **kwargs)
+            return
+        with written_beside(target, kwargs.get("variant")) as beside:
             super().save_pretrained(str(beside), *args, **kwargs)  # diffusers splits the name of a pushed one
             self._write_card(beside, target)
 
@@ -113,11 +123,11 @@ def _method(reported: str, saved: str | None) -> str:
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
+def written_beside(target: Path, variant: str | None = None) -> Iterator[Path]:
     """A folder to write into, whose contents take their places in `target` when the block ends well.
 
     It lies inside `target`, so that a mounted folder is moved within and not copied. The index goes first and comes last: at no
-    moment does it stand beside parts of another save.
+    moment does it stand beside parts of another save. What else lies in `target` stays, but for the weights of the same variant.
     """
     target.mkdir(parents=True, exist_ok=True)
     beside = target / UNFINISHED
@@ -125,14 +135,41 @@ def written_beside(target: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        (target / INDEX).unlink(missing_ok=True)
-        for entry in sorted(beside.iterdir(), key=lambda entry: entry.name == INDEX):
-            place = target / entry.name
-            if place.is_dir():
-                shutil.rmtree(place)
-            entry.replace(place)
-    finally:
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        raise
+    # From here on an error leaves what is not in its place yet, and a folder that says that it is not whole.
+    (target / INDEX).unlink(missing_ok=True)
+    for entry in sorted(beside.iterdir(), key=lambda entry: entry.name == INDEX):
+        place = target / entry.name
+        if place.is_symlink() or place.is_dir() != entry.is_dir():
+            _remove(place)
+        if entry.is_dir() and place.is_dir():
+            _replace_weights(entry, place, variant)
+        else:
+            entry.replace(place)
+    shutil.rmtree(beside)
+
+
+def _replace_weights(new: Path, place: Path, variant: str | None) -> None:
+    """Moves the files of a component into its folder, where the weights of `variant` that lie there go."""
+    ending = re.escape(f".{variant}") if variant else ""
+    weights = re.compile(rf"\w*model{ending}(-\d+-of-\d+)?\.(safetensors|bin)|\w*model\.(safetensors|bin)\.index{ending}\.json")
+    for old in list(place.iterdir()):
+        if weights.fullmatch(old.name):
+            old.unlink()
+    for file in list(new.iterdir()):
+        if (place / file.name).is_dir() or (place / file.name).is_symlink():
+            _remove(place / file.name)
+        file.replace(place / file.name)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_unfinished(source: str) -> None:
@@ -146,10 +183,10 @@ def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
     """Refuses what would write a broken folder, and mends what keeps a reloaded one from saving.
 
     Raises:
-        ValueError: for a component with a LoRA that is not fused: its keys would be written in a form nothing reads.
+        ValueError: for a component with layers of a LoRA: its keys would be written in a form nothing reads.
     """
     for name, model in models.items():
-        if getattr(model, "peft_config", None):
+        if any(hasattr(module, "base_layer") for module in model.modules()):
             raise ValueError(
                 f"{name} has LoRA adapters loaded, and saving it now writes a folder that does not load: call "
                 "unload_lora_weights(), or fuse_lora() and then unload_lora_weights(), before save_pretrained"

@@ -127,6 +127,16 @@ def test_a_wrong_ratio_is_not_tiled():
     assert not vae.decode.told
 
 
+def test_a_decode_that_was_fitted_compiles(tiny):
+    vae = load_pipeline(tiny("z-image"), dtype=torch.bfloat16).vae
+    del vae.decode
+    fit_decoding(vae, lambda device: 0)
+    z = torch.zeros(1, vae.config.latent_channels, 4, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(vae.decode, backend="eager", fullgraph=True)
+        assert torch.isfinite(compiled(z, return_dict=False)[0]).all()
+
+
 def test_tiling_by_hand_stays(tiny):
     vae = load_pipeline(tiny("qwen-image"), dtype=torch.bfloat16).vae
     del vae.decode

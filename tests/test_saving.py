@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from conftest import generate
 from hub import local_hub
 
-from llm_dit import load_pipeline
+from llm_dit import load_pipeline, saving
 
 QUANTIZATION = {"transformer": "int4", "encoder": "int8", "vae": "int8"}
 
@@ -34,12 +35,56 @@ def test_shards_and_variants(method, variant, tiny, tmp_path):
 
 
 def test_saving_over_another_pipeline(pipe, tiny, tmp_path):
+    """What belongs to nobody and what belongs to another variant stays; weights of the same variant do not."""
     load_pipeline(tiny("z-image"), dtype=torch.bfloat16).save_pretrained(tmp_path, variant="old")
+    load_pipeline(tiny("z-image"), dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="200KB")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "transformer" / "notes.txt").write_text("mine too")
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not list(tmp_path.rglob("*old*"))
+    assert (tmp_path / "transformer" / "notes.txt").read_text() == "mine too"
+    weights = {path.name for path in (tmp_path / "transformer").iterdir()} - {"notes.txt", "config.json"}
+    assert weights == {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.old.safetensors"}
     assert torch.equal(generate(load_pipeline(tmp_path), "z-image"), generate(pipe, "z-image"))
+
+
+def test_links_are_replaced_and_not_followed(pipe, tiny, tmp_path):
+    pipe.save_pretrained(tmp_path / "other")
+    before = sorted(path.name for path in (tmp_path / "other" / "transformer").iterdir())
+    pipe.save_pretrained(tmp_path / "mine")
+    for name in ("transformer", "scheduler"):
+        shutil.rmtree(tmp_path / "mine" / name)
+    (tmp_path / "mine" / "transformer").symlink_to(tmp_path / "other" / "transformer")
+    (tmp_path / "mine" / "scheduler").write_text("a file where a folder goes")
+    pipe.save_pretrained(tmp_path / "mine")
+    assert not (tmp_path / "mine" / "transformer").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "other" / "transformer").iterdir()) == before
+    assert torch.equal(generate(load_pipeline(tmp_path / "mine"), "z-image"), generate(pipe, "z-image"))
+
+
+def test_an_error_while_moving_loses_nothing(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    replace = saving._replace_weights
+
+    def failing(new, place, variant):
+        if place.name == "vae":
+            raise PermissionError("read only")
+        replace(new, place, variant)
+
+    monkeypatch.setattr(saving, "_replace_weights", failing)
+    with pytest.raises(PermissionError):
+        pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not whole"):
+        load_pipeline(tmp_path)
+    assert list((tmp_path / saving.UNFINISHED / "vae").glob("*.safetensors"))
+
+
+def test_a_dropped_encoder_is_missed(tiny, tmp_path):
+    pipe = load_pipeline(tiny("z-image"), quantization="int8")
+    pipe.encode_then_free("a cat", drop=True)
+    with pytest.raises(ValueError, match="text_encoder was dropped after encoding"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_over_what_it_was_loaded_from(pipe, tmp_path):
@@ -64,7 +109,7 @@ def test_a_failure_leaves_what_was_there(pipe, tmp_path):
 
 KILLED = """
 import os, sys
-from llm_dit import load_pipeline
+from llm_dit import load_pipeline, saving
 pipe = load_pipeline(sys.argv[1], quantization={"transformer": "int4"})
 pipe.vae.save_pretrained = lambda *args, **kwargs: os._exit(9)
 pipe.save_pretrained(sys.argv[2])
@@ -107,7 +152,7 @@ def test_no_card_for_what_is_not_quantized(tiny, tmp_path):
 
 PUSH = """
 import sys
-from llm_dit import load_pipeline
+from llm_dit import load_pipeline, saving
 pipe = load_pipeline(sys.argv[1], quantization={"transformer": "int8"})
 if sys.argv[3] == "push":
     pipe.push_to_hub("somebody/quantized")

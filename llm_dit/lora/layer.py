@@ -18,7 +18,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..checkpoints.again import Reader
-from ..quantization.torchao_tensors.requantize import requantize_, requantizing_config
+from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_, requantizing_config
 from ..quantization.torchao_tensors.stream import fetch, row_chunks
 from .originals import Original, dequantized, original_of
 
@@ -36,39 +36,72 @@ class ExactLoraLinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fuses adapters, by default the active ones, in addition to those that are fused already.
 
+        What is more than a LoRA (DoRA, biases) is left to peft where the weight is not quantized.
+
         Raises:
-            ValueError: if the sum is not finite, or an adapter is more than a LoRA (DoRA); nothing is changed then.
+            ValueError: if the sum is not finite, or an adapter is more than a LoRA and the weight quantized, or offloaded
+                layer by layer; nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        strange = [name for name in names if name in self.lora_variant or self.lora_bias.get(name)]
-        if strange:
-            raise ValueError(
-                f"adapter {strange[0]!r} is more than a LoRA (DoRA, or one with biases), which cannot be fused into a quantized "
-                "weight: leave it unfused, or fuse it in bf16 and quantize then"
-            )
         weight: Any = self.get_base_layer().weight
+        strange = [name for name in names if name in self.lora_variant or self.lora_bias.get(name)]
+        if strange and self.original is None and type(weight.data) is Tensor and weight.dtype not in RAW_FLOAT8:
+            super().merge(safe_merge, names)
+            return
+        if strange or (self.merged_adapters and self.original is None):
+            raise ValueError(
+                f"adapter {(strange or self.merged_adapters)[0]!r} is more than a LoRA (DoRA, or one with biases), which cannot "
+                "be fused into a quantized weight, nor with others: leave it unfused, or fuse it in bf16 and quantize then"
+            )
+        if weight.is_meta:
+            raise ValueError("the weights are offloaded one by one and are not there to be fused into: fuse before offloading")
         original = self.original or original_of(weight, self.readers())
-        fused = {**self.fused, **{name: float(self.scaling[name]) for name in names}}
-        requantize_(weight, self._sum(original.values(weight), weight.device, fused))
-        self.original, self.fused = original, fused
-        self.merged_adapters.extend(names)
+        self._hold(original, {**self.fused, **{name: float(self.scaling[name]) for name in names}})
 
     def unmerge(self) -> None:
         """Undoes all fusing: the weight has the bits that it had before."""
-        if self.original is not None:
-            weight: Any = self.get_base_layer().weight
-            self.original.restore(weight)
+        if self.original is None:
+            if self.merged_adapters:
+                super().unmerge()
+            return
+        weight: Any = self.get_base_layer().weight
+        self.original.restore(weight)
         self.original, self.fused = None, {}
         self.merged_adapters.clear()
 
+    def back_to(self, fused: dict[str, float]) -> None:
+        """Leaves fused what `fused` says and nothing else; after a fusing that failed on another layer."""
+        if fused == self.fused:
+            return
+        if fused and self.original is not None:
+            self._hold(self.original, fused)
+        else:
+            self.unmerge()
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in peft, where what a fused adapter added stays: it is part of the weight from now on, and not undone any more."""
+        """As in peft, where what a fused adapter added stays: it is part of the weight from now on, and not undone any more.
+
+        Raises:
+            ValueError: if others are fused with it, of which it could not be told apart.
+        """
         if adapter_name in self.fused:
+            others = ", ".join(name for name in self.fused if name != adapter_name)
+            if others:
+                raise ValueError(
+                    f"adapter {adapter_name!r} is fused together with {others}: call unfuse_lora() before it is deleted"
+                )
             self.original, self.fused = None, {}
             self.merged_adapters.clear()
         super().delete_adapter(adapter_name)
+
+    def _hold(self, original: Original, fused: dict[str, float]) -> None:
+        """Writes `original` plus what is `fused` into the weight."""
+        weight: Any = self.get_base_layer().weight
+        requantize_(weight, self._sum(original.values(weight), weight.device, fused))
+        self.original, self.fused = original, fused
+        self.merged_adapters[:] = list(fused)
 
     def fusing_noise(self) -> float:
         """Energy of the weight as it is now minus that of the sum it was quantized from, relative to the latter."""

@@ -32,6 +32,7 @@ def loading(models: Mapping[str, nn.Module], hotswap: bool = False) -> Iterator[
         ValueError: if nothing of the LoRA belongs to one of `models`, or it holds NaN or infinity; nothing stays loaded then.
     """
     known = {name: _adapters(model) for name, model in models.items()}
+    before = {name: _snapshot(model) for name, model in models.items()} if hotswap else {}
     with _sixteen_bit_stand_ins(models.values()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # fusing is ours, and needs none
         yield
@@ -41,8 +42,14 @@ def loading(models: Mapping[str, nn.Module], hotswap: bool = False) -> Iterator[
             f"the LoRA has no weight for {' or '.join(models) or 'any model of this pipeline'}: its names belong to another "
             "family, or to a text encoder alone; nothing was loaded"
         )
-    for name, model in models.items():
-        _require_finite(name, model, _adapters(model) if hotswap else added[name])
+    try:
+        for name, model in models.items():
+            _require_finite(name, model, _adapters(model) if hotswap else added[name])
+    except ValueError:
+        for name, model in models.items():
+            _put_back(model, added[name], before.get(name, {}))
+        raise
+    for model in models.values():
         adopt_layers(model)
 
 
@@ -84,21 +91,38 @@ def _adapters(model: Any) -> frozenset[str]:
 
 
 def _require_finite(name: str, model: Any, adapters: Iterable[str]) -> None:
-    """Raises ValueError, and deletes the adapter, if one of its weights is not finite."""
+    """Raises ValueError if a weight of the adapters is not finite; offloaded ones are not there to be looked at."""
     for adapter in adapters:
         part = f".{adapter}."
-        sound = [
-            (parameter_name, torch.isfinite(parameter).all())
-            for parameter_name, parameter in model.named_parameters()
-            if part in parameter_name and "lora_" in parameter_name
-        ]
-        bad = [parameter_name for parameter_name, finite in sound if not bool(finite)]
+        sound = {key: torch.isfinite(value).all() for key, value in _adapter_weights(model, part) if not value.is_meta}
+        bad = [key for key, finite in sound.items() if not bool(finite)]
         if bad:
-            model.delete_adapters(adapter)
+            more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
             raise ValueError(
-                f"the LoRA {adapter!r} holds NaN or infinity in {bad[0].replace(part, '.')!r} of the {name}"
-                f"{f' and {len(bad) - 1} more weights' if len(bad) > 1 else ''}, and was not loaded"
+                f"the LoRA {adapter!r} holds NaN or infinity in {bad[0].replace(part, '.')!r} of the {name}{more}, and was not "
+                "loaded"
             )
+
+
+def _adapter_weights(model: Any, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    return ((key, value) for key, value in model.named_parameters() if "lora_" in key and part in key)
+
+
+def _snapshot(model: Any) -> dict[str, torch.Tensor]:
+    """The adapters' weights, before others are swapped into their memory."""
+    return {key: value.detach().clone() for key, value in _adapter_weights(model)}
+
+
+def _put_back(model: Any, added: Iterable[str], before: Mapping[str, torch.Tensor]) -> None:
+    """Takes adapters off again, with peft's layers if none is left, and undoes a swap."""
+    for adapter in added:
+        model.delete_adapters(adapter)
+    if added and not _adapters(model):
+        model.unload_lora()
+    with torch.no_grad():
+        for key, value in _adapter_weights(model):
+            if key in before:
+                value.copy_(before[key])
 
 
 @contextmanager
@@ -125,17 +149,22 @@ def _sixteen_bit_stand_ins(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def settle_scaling(models: Iterable[nn.Module]) -> Iterator[None]:
+def fusing(models: Iterable[nn.Module]) -> Iterator[None]:
     """Around diffusers' `fuse_lora`, which multiplies an adapter's scale by `lora_scale` and never divides it again.
 
-    A layer of ours keeps what it fused with; its adapter keeps its own scale, so that fusing once more is fusing the same.
+    A layer of ours keeps what it fused with; its adapter keeps its own scale, so that fusing once more is fusing the same. If one
+    layer cannot be fused, no layer is.
     """
     from .layer import ExactLoraLinear
 
     layers = [module for model in models for module in model.modules() if isinstance(module, ExactLoraLinear)]
-    scaling = [dict(layer.scaling) for layer in layers]
+    before = [(dict(layer.scaling), dict(layer.fused)) for layer in layers]
     try:
         yield
+    except BaseException:
+        for layer, (_, fused) in zip(layers, before, strict=True):
+            layer.back_to(fused)
+        raise
     finally:
-        for layer, before in zip(layers, scaling, strict=True):
-            layer.scaling.update(before)
+        for layer, (scaling, _) in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)

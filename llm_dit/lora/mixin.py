@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .loading import adopt_layers, fusing_notes, loading, require_peft, settle_scaling
+from .loading import adopt_layers, fusing, fusing_notes, loading, require_peft
 
 
 class QuantizedLoraMixin:
@@ -36,7 +36,7 @@ class QuantizedLoraMixin:
         models = self._lora_models()
         for model in models.values():
             adopt_layers(model)  # of adapters that were loaded into the model and not through the pipeline
-        with settle_scaling(models.values()):
+        with fusing(models.values()):
             self._diffusers("fuse_lora")(*args, **kwargs)
         self._note("fusing", list(fusing_notes(models)))
 

@@ -267,6 +267,61 @@ def test_what_was_fused_stays_without_its_adapter(how, tiny):
     assert not same(fused, weights)
 
 
+def test_one_of_two_fused_adapters_is_not_deleted(tiny):
+    name = "z-image"
+    pipe = load_pipeline(tiny(name), quantization="int8", text_encoder=None, vae=None)
+    for seed, adapter in ((5, "one"), (6, "other")):
+        pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name], seed=seed), adapter_name=adapter)
+    pipe.set_adapters(["one", "other"])
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="'one' is fused together with other: call unfuse_lora"):
+        pipe.delete_adapters("one")
+
+
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_a_checkpoint_that_went_while_fused(change, tiny, tmp_path):
+    """Unfusing cannot give back what is not there any more, and says so before it touches a weight."""
+    name = "z-image"
+    diffusers.DiffusionPipeline.from_pretrained(tiny(name), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, quantization="int8")
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name]))
+    pipe.fuse_lora()
+    fused = bits(pipe.transformer, TARGETS[name])
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    file.unlink()
+    if change == "changed":
+        save_file({key: value + 1 for key, value in state.items()}, file)
+    with pytest.raises(ValueError, match="has changed since the model was loaded, or is gone"):
+        pipe.unfuse_lora()
+    assert same(bits(pipe.transformer, TARGETS[name]), fused)
+
+
+def test_another_working_folder(tiny, tmp_path, monkeypatch):
+    name = "z-image"
+    monkeypatch.chdir(tiny(name).parent)
+    pipe = load_pipeline(tiny(name).name, quantization="int8")
+    weights = bits(pipe.transformer, TARGETS[name])
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name]))
+    pipe.fuse_lora()
+    monkeypatch.chdir(tmp_path)
+    pipe.unfuse_lora()
+    assert same(bits(pipe.transformer, TARGETS[name]), weights)
+
+
+def test_files_that_are_no_weights_are_passed_over(tiny, tmp_path):
+    """A variant that git did not fetch is a text file of that name."""
+    name = "z-image"
+    diffusers.DiffusionPipeline.from_pretrained(tiny(name), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, quantization="int8")
+    (tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    )
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name]))
+    pipe.fuse_lora()
+    assert "from their weights in the checkpoint" in str(pipe.quantization_report)
+
+
 # --- what is wrong with a LoRA -------------------------------------------------------------------------------------------------
 
 BROKEN = {
@@ -296,24 +351,66 @@ def test_broken_loras_are_refused_and_leave_nothing(what, way, tiny):
 
 
 def test_a_sum_that_overflows_is_refused_and_nothing_is_fused(tiny):
-    pipe = load_pipeline(tiny("z-image"), quantization="int8")
-    weights = bits(pipe.transformer, TARGETS["z-image"])
-    pipe.load_lora_weights({key: value * 1e30 for key, value in lora(pipe.transformer, TARGETS["z-image"]).items()})
+    """Neither the layer of the overflow, which is the last here, nor those before it."""
+    name = "z-image"
+    pipe = load_pipeline(tiny(name), quantization="int8")
+    weights = bits(pipe.transformer, TARGETS[name])
+    state = lora(pipe.transformer, TARGETS[name])
+    pipe.load_lora_weights({key: value * 1e30 if TARGETS[name][1] in key else value for key, value in state.items()})
     with pytest.raises(ValueError, match="NaN or infinity"):
         pipe.fuse_lora()
-    assert same(bits(pipe.transformer, TARGETS["z-image"])[:2], weights[:2])
+    assert same(bits(pipe.transformer, TARGETS[name]), weights)
+    assert "fused" not in str(pipe.quantization_report)
 
 
-def test_dora_is_not_fused(tiny):
+def test_a_broken_swap_leaves_the_adapter_that_was_there(tiny):
+    name = "z-image"
+    pipe = load_pipeline(tiny(name), quantization="int8")
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS[name]), adapter_name="style")
+    before = generate(pipe, name)
+    broken = {key: value * float("nan") for key, value in lora(pipe.transformer, TARGETS[name], seed=6).items()}
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        pipe.load_lora_weights(broken, adapter_name="style", hotswap=True)
+    assert torch.equal(generate(pipe, name), before)
+
+
+def test_one_broken_model_of_two(tiny):
+    pipe = load_pipeline(tiny("ltx2.3"), quantization="int8")
+    state = lora(pipe.transformer, TARGETS["ltx2.3"])
+    broken = lora(pipe.connectors, [CONNECTOR_TARGET], prefix="connectors")
+    with pytest.raises(ValueError, match="of the connectors"):
+        pipe.load_lora_weights({**state, **{key: value * float("nan") for key, value in broken.items()}})
+    assert not any(pipe.get_list_adapters().values())
+
+
+def test_what_was_refused_does_not_spoil_saving(tiny, tmp_path):
+    pipe = load_pipeline(tiny("z-image"), quantization="int8")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        pipe.load_lora_weights({k: v * float("nan") for k, v in lora(pipe.transformer, TARGETS["z-image"]).items()})
+    pipe.save_pretrained(tmp_path / "one")
+    assert torch.equal(generate(load_pipeline(tmp_path / "one"), "z-image"), generate(pipe, "z-image"))
+    pipe.load_lora_weights(lora(pipe.transformer, TARGETS["z-image"]), adapter_name="style")
+    pipe.transformer.delete_adapters("style")  # peft's layers stay
+    with pytest.raises(ValueError, match="unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "other")
+
+
+@pytest.mark.parametrize("way", ["bf16", "int8", "int4", "fp8-dynamic", "fp8-weight-only"])
+def test_dora(way, tiny):
+    """Beside weights of any kind; fused into those that are not quantized, as peft does it."""
     from peft import LoraConfig
 
-    pipe = load_pipeline(tiny("z-image"), quantization="int8")
-    try:
-        pipe.transformer.add_adapter(LoraConfig(use_dora=True, target_modules=["to_q"]), "dora")
-    except (NotImplementedError, ValueError, TypeError, RuntimeError):
-        pytest.skip("this peft has no DoRA beside quantized weights")
-    with pytest.raises(ValueError, match="more than a LoRA"):
-        pipe.fuse_lora()
+    pipe = load_pipeline(tiny("z-image"), **WAYS.get(way, {"dtype": torch.bfloat16}))
+    pipe.transformer.add_adapter(LoraConfig(use_dora=True, target_modules=["to_q"], init_lora_weights=False), "dora")
+    beside = generate(pipe, "z-image")
+    assert torch.isfinite(beside).all()
+    if way != "bf16":
+        with pytest.raises(ValueError, match="more than a LoRA"):
+            pipe.fuse_lora()
+        return
+    pipe.fuse_lora()
+    assert relative_error(generate(pipe, "z-image"), beside) < 0.05
+    pipe.unfuse_lora()
 
 
 def test_pipelines_without_loras_say_so(tiny):

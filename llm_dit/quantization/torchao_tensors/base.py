@@ -74,9 +74,9 @@ def complete(cls: P) -> P:
     """Gives `cls` what is asked of a tensor class beyond torchao's `TorchAOBaseTensor`.
 
     Page-locked copies, for diffusers' group offloading with a stream; `torch.load`; concatenation, for `fuse_qkv_projections`,
-    dequantized, because diffusers copies it into a Linear of its own; and a key for the compiler's caches on disk.
-    PyTorch's own key (2.13) holds the attributes of a tensor and neither its class nor that class's code, so that a weight of
-    ours would be given what was compiled for torchao's, or by an older version of this package.
+    dequantized, because diffusers copies it into a Linear of its own; sums, dequantized too, of which DoRA takes norms; and a
+    key for the compiler's caches on disk. PyTorch's own key (2.13) holds the attributes of a tensor and neither its class nor
+    that class's code, so that a weight of ours would be given what was compiled for torchao's, or by an older version.
     """
     torch.serialization.add_safe_globals([cls])
     cls._stable_hash_for_caching = _stable_hash  # type: ignore[attr-defined]
@@ -90,6 +90,11 @@ def complete(cls: P) -> P:
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         parts = [part.dequantize() if isinstance(part, TorchAOBaseTensor) else part for part in args[0]]
         return func(parts, *args[1:], **(kwargs or {}))
+
+    @cls.implements(aten.add.Tensor)
+    def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        parts = [part.dequantize() if isinstance(part, TorchAOBaseTensor) else part for part in args]
+        return func(*parts, **(kwargs or {}))
 
     @cls.implements(aten._pin_memory.default)
     def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
