@@ -45,7 +45,7 @@ def on_device(tiny):
     def output(name, way):
         if (name, way) not in outputs:
             pipe = load_pipeline(tiny(name), dtype=torch.bfloat16, **WAYS[way])
-            outputs[name, way] = generate(pipe.to("cuda" if torch.cuda.is_available() else "cpu"), name)
+            outputs[name, way] = generate(pipe.to("cuda" if torch.cuda.is_available() else "cpu"), name).cpu()
         return outputs[name, way]
 
     return output
@@ -58,7 +58,7 @@ def on_device(tiny):
 def test_on_the_gpu(name, way, offload, tiny, on_device):
     pipe = load_pipeline(tiny(name), dtype=torch.bfloat16, **WAYS[way])
     OFFLOADS[offload](pipe)
-    assert relative_error(generate(pipe, name), on_device(name, way)) < 0.01
+    assert relative_error(generate(pipe, name).cpu(), on_device(name, way)) < 0.01
 
 
 @pytest.mark.parametrize("offload", ["blocks", "leaves"])
@@ -81,4 +81,4 @@ def test_with_compiled_blocks(way, offload, tiny, on_device):
     OFFLOADS[offload](pipe)
     bound = 0.3 if way == "int4" else 0.13
     for _ in range(2):
-        assert relative_error(generate(pipe, "flux2-klein"), on_device("flux2-klein", way)) < bound
+        assert relative_error(generate(pipe, "flux2-klein").cpu(), on_device("flux2-klein", way)) < bound
