@@ -60,6 +60,7 @@ class FittedDecode:
         self._free_bytes = free_bytes or free_device_bytes
         self._twin: Any = None
         self._side_ratio = 0
+        self._counted: dict[tuple[Any, ...], int] = {}
         self.told: dict[tuple[int, ...], str] = {}
 
     def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -77,12 +78,22 @@ class FittedDecode:
         before = _settings(vae)
         try:
             self._fit(vae, free, z, args, kwargs)
+        except Exception as error:  # a VAE that cannot be counted decodes as it would have
+            logger.warning("how much memory the VAE's decode takes could not be counted: %s", error)
+            vars(vae).update(before)
+        try:
             return decode(z, *args, **kwargs)
         finally:
             vars(vae).update(before)
 
     def needed_bytes(self, z: Tensor, *args: Any, cut: Cut = WHOLE, **kwargs: Any) -> int:
-        """What decoding `z` takes beside the weights, cut so. One part is counted, and what is gathered of all."""
+        """What decoding `z` takes beside the weights, cut so. One part is counted, once, and what is gathered of all."""
+        key = (tuple(z.shape), z.dtype, cut)
+        if key not in self._counted:
+            self._counted[key] = self._count(z, args, kwargs, cut)
+        return self._counted[key]
+
+    def _count(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut) -> int:
         vae: Any = self._vae()
         if self._twin is None:
             with torch.device("meta"):

@@ -8,7 +8,7 @@ import torch
 from conftest import generate
 from torch import nn
 
-from llm_dit import load_pipeline
+from llm_dit import decoding, load_pipeline
 from llm_dit.decoding import TILES, WHOLE, WORKSPACE, Cut, FittedDecode, _apply, fit_decoding
 from llm_dit.families import published_models
 from llm_dit.quantization.activations import peak_activation_bytes
@@ -135,6 +135,31 @@ def test_a_decode_that_was_fitted_compiles(tiny):
     with torch.no_grad():
         compiled = torch.compile(vae.decode, backend="eager", fullgraph=True)
         assert torch.isfinite(compiled(z, return_dict=False)[0]).all()
+
+
+def test_what_cannot_be_counted_decodes(tiny, monkeypatch):
+    vae = load_pipeline(tiny("z-image"), dtype=torch.bfloat16).vae
+    z = torch.zeros(1, vae.config.latent_channels, 4, 4, dtype=torch.bfloat16)
+    del vae.decode
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+        fit_decoding(vae, lambda device: 0)
+        monkeypatch.setattr(type(vae), "from_config", lambda config: 1 / 0)
+        assert torch.equal(vae.decode(z).sample, expected)
+
+
+def test_a_size_is_counted_once(tiny, monkeypatch):
+    vae = load_pipeline(tiny("z-image"), dtype=torch.bfloat16).vae
+    z = torch.zeros(1, vae.config.latent_channels, 4, 4, dtype=torch.bfloat16)
+    del vae.decode
+    fit_decoding(vae, lambda device: 10**12)
+    counted = []
+    monkeypatch.setattr(decoding, "peak_activation_bytes", lambda forward: counted.append(forward()) or 0)
+    with torch.no_grad():
+        for _ in range(3):
+            vae.decode(z)
+        vae.decode(z[..., :2])
+    assert len(counted) == 2
 
 
 def test_tiling_by_hand_stays(tiny):
