@@ -43,7 +43,13 @@ DIFFUSERS_KEYWORDS: Final = (
 )
 """Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
 HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+"""Those of them that find files on the Hub."""
 OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
+
+
+def hub_keywords(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that find files on the Hub."""
+    return {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
 
 
 def refuse_unknown(pipeline: str, kwargs: Mapping[str, Any], expected: tuple[str, ...]) -> None:

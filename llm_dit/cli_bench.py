@@ -137,17 +137,14 @@ def quality(
     from .bench import quality as bench
     from .bench.quality_report import contact_sheet, table, write_report
 
-    if (captions is None) == (prompts is None):
-        raise ValueError("give --captions N or --prompts FILE, one of the two")
-    asked = bench.scene_captions(captions) if captions else _lines(prompts)
-    size = {"height": height, "width": width, "num_inference_steps": steps}
+    asked = _asked(captions, prompts)
     options = bench.Options(
         source,
         tuple(bench.methods_of(methods)),
         asked,
         folder or bench.default_folder(source),
         captions is not None,
-        {name: value for name, value in size.items() if value is not None},
+        _call(height, width, steps),
         floor,
     )
     rows = list(bench.run(options))
@@ -158,9 +155,25 @@ def quality(
     print_plain(json.dumps(rows, indent=2) if as_json else table(rows))
 
 
-def _lines(path: Path | None) -> tuple[str, ...]:
+def _asked(captions: int | None, prompts: Path | None) -> tuple[str, ...]:
+    """So many captions of scenes, or the lines of a file."""
+    from .bench.quality import scene_captions
+
+    if captions is not None and prompts is None:
+        return scene_captions(captions)
+    if prompts is not None and captions is None:
+        return _lines(prompts)
+    raise ValueError("give --captions N or --prompts FILE, one of the two")
+
+
+def _call(height: int | None, width: int | None, steps: int | None) -> dict[str, int]:
+    """Those that are given, as a pipeline's call takes them."""
+    given = {"height": height, "width": width, "num_inference_steps": steps}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _lines(path: Path) -> tuple[str, ...]:
     """The lines of a file that are not empty."""
-    assert path is not None
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r} of prompts")
     found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -190,16 +203,11 @@ def sensitivity(
     from dataclasses import asdict
 
     from .bench import sensitivity as bench
-    from .bench.quality import scene_captions
     from .bench.results import write_text
     from .quantization.report import format_bytes
 
-    if (captions is None) == (prompts is None):
-        raise ValueError("give --captions N or --prompts FILE, one of the two")
-    asked = scene_captions(captions) if captions else _lines(prompts)
-    size = {"height": height, "width": width, "num_inference_steps": steps}
-    call = {name: value for name, value in size.items() if value is not None}
-    trial = bench.Sensitivity(bench.Options(source, method, asked, by, call, output))
+    asked = _asked(captions, prompts)
+    trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output))
     rows = sorted(trial.rows(), key=lambda row: -row["harm_per_mib"])
     uniform, mix = trial.measure(()), trial.best(rows, at_least)
     section = bench.toml_of(trial.pipe.family.name, trial.method.name, mix)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from torch import nn
 
+from .arguments import hub_keywords
 from .building import component_class
 from .checkpoints.encoders import Unread, take_off_unread
 
@@ -24,7 +24,7 @@ def load_read_parts(entry: tuple[str, str], source: str, name: str, unread: Unre
     cls: Any = component_class(*entry)
     # The parts are taken off where transformers makes the model, on meta, before it looks for their weights.
     partly: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__init__": _init_without(cls, unread)})
-    config = transformers.AutoConfig.from_pretrained(source, subfolder=name, **_hub(keywords))
+    config = transformers.AutoConfig.from_pretrained(source, subfolder=name, **hub_keywords(keywords))
     partly._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or ()), *_patterns(unread, config)]
     model = partly.from_pretrained(source, subfolder=name, **keywords)
     model.__class__ = cls
@@ -45,10 +45,3 @@ def _patterns(unread: Unread, config: Any) -> list[str]:
     above = "|".join(map(str, range(unread.layers_read(count), count)))
     layers = [rf"\blayers\.({above})\."] if above else []
     return [*layers, *(rf"(^|\.){re.escape(part)}\b" for part in unread.modules)]
-
-
-def _hub(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that find files on the Hub."""
-    from .arguments import HUB_KEYWORDS
-
-    return {name: keywords[name] for name in HUB_KEYWORDS if name in keywords}

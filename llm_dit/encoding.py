@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .loader import models_of
+from .moving import move_models
 from .quantization.report import format_bytes
 from .quantization.sizes import model_bytes
-from .quantization.torchao_tensors.staging import move_model_to_gpu, release_staging
 
 if TYPE_CHECKING:
     from .families.base import Family
@@ -59,22 +59,19 @@ class EncodingMixin(DiffusionPipeline):
         models = models_of(self)
         encoders = {name: models[name] for name in encoding.encoders if name in models}
         self._check_encoders(encoders, models)
-        for model in encoders.values():
-            _move(model, place)
+        move_models(encoders.values(), place)
         with torch.no_grad():
             arguments = self._encoded(prompt, negative_prompt, place, kwargs)
-        for model in encoders.values():
-            _move(model, torch.device("cpu"))
+        move_models(encoders.values(), torch.device("cpu"))
         if drop:
             self.register_modules(**dict.fromkeys(encoders))
             self._dropped = tuple(encoders)
         self._note("encoding", [_told(name, model, place, drop) for name, model in encoders.items()])
-        del encoders, model
+        others = [model for name, model in models.items() if name not in encoders]
+        del encoders, models
         if place.type == "cuda":
             torch.cuda.empty_cache()
-        for name, other in models.items():
-            if name not in encoding.encoders:
-                _move(other, place)
+        move_models(others, place)
         return arguments
 
     def _check_encoders(self, encoders: dict[str, nn.Module], models: dict[str, nn.Module]) -> None:
@@ -84,7 +81,7 @@ class EncodingMixin(DiffusionPipeline):
         hooked = [name for name, model in models.items() if hasattr(model, "_hf_hook")]
         if hooked:
             raise ValueError(
-                f"{', '.join(hooked)} is offloaded, which frees what encoded already: call encode_then_free instead of it"
+                f"{', '.join(hooked)} is offloaded, which moves the models itself: use either offloading or encode_then_free"
             )
 
     def _encoded(self, prompt: Any, negative_prompt: Any, device: torch.device, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +104,3 @@ class EncodingMixin(DiffusionPipeline):
 def _told(name: str, model: nn.Module, device: torch.device, drop: bool) -> str:
     where = "dropped" if drop else "kept on the host"
     return f"{name}: {format_bytes(model_bytes(model))} freed from {device} after encoding, {where}"
-
-
-def _move(model: nn.Module, device: torch.device) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        if device.type == "cuda":
-            try:
-                move_model_to_gpu(model, device)
-            finally:
-                release_staging()
-        else:
-            model.to(device)

@@ -26,13 +26,12 @@ def load_pipeline(pretrained_model_name_or_path: str | PathLike[str], **kwargs: 
 
 def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[QuantizablePipelineMixin]:
     """Our class for the pipeline that `source` holds; of `kwargs`, those that find files on the Hub are read."""
-    from .arguments import HUB_KEYWORDS
+    from .arguments import hub_keywords
     from .loader import read_json
     from .saving import refuse_unfinished
 
     refuse_unfinished(str(source))
-    hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
-    index = read_json(str(source), "model_index.json", hub)
+    index = read_json(str(source), "model_index.json", hub_keywords(kwargs))
     if "_class_name" not in index:
         raise ValueError(
             f"{str(source)!r} holds no model_index.json of a diffusers pipeline: give the folder that "

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .arguments import HUB_KEYWORDS, check_device, check_request, check_source, file_device, load_dtypes, refuse_unknown
+from .arguments import check_device, check_request, check_source, file_device, hub_keywords, load_dtypes, refuse_unknown
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
@@ -151,7 +151,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             check_request(request, roles, diffusers_class(cls).__name__, kwargs)
             without = {name for name, value in kwargs.items() if value is None} | request.files.keys()
             cls._check_components(request, roles, without)
-        hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        hub = hub_keywords(kwargs)
         check_device(kwargs.get("device_map"))
         refuse_unfinished(source)
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
@@ -270,11 +270,13 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         cls, loader: PipelineLoader, request: LoadRequest, there: Container[str], kwargs: Mapping[str, Any]
     ) -> dict[str, nn.Module]:
         """The text encoders of which a part is left in the folder, loaded before diffusers loads the rest."""
+        if request.encoder_layers != "read":
+            return {}
         index = read_json(loader.source, "model_index.json", loader.hub)
         found = {}
         for name, part in cls.family.parts.items():
             entry = index.get(name)
-            wanted = request.encoder_layers == "read" and cls.component_role(name) == "encoder" and name not in there
+            wanted = cls.component_role(name) == "encoder" and name not in there
             if wanted and part.unread.in_folders and isinstance(entry, list) and entry[0] is not None:
                 place = {"device_map": {"": kwargs["device_map"]}} if kwargs.get("device_map") else {}
                 given = {key: kwargs[key] for key in ("variant", "use_safetensors") if kwargs.get(key) is not None}

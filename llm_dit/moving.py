@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from copy import deepcopy
 from inspect import signature
@@ -41,11 +42,7 @@ class MovingMixin(DiffusionPipeline):
                 )
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
         if device is not None and torch.device(device).type == "cuda" and not self._is_pipeline_device_mapped():
-            try:
-                for model in models_of(self).values():
-                    move_model_to_gpu(model, torch.device(device))
-            finally:
-                release_staging()
+            _upload(models_of(self).values(), torch.device(device))
         with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode
             return super().to(*args, **kwargs)
 
@@ -74,6 +71,25 @@ class MovingMixin(DiffusionPipeline):
         memo[id(self)] = twin
         twin.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
         return twin
+
+
+def move_models(models: Iterable[nn.Module], device: torch.device) -> None:
+    """Moves models of a pipeline as its own `to` does; quantized weights cannot be moved inside of inference_mode."""
+    models = list(models)
+    if device.type == "cuda":
+        _upload(models, device)
+    with torch.inference_mode(False), torch.no_grad():
+        for model in models:
+            model.to(device=device)
+
+
+def _upload(models: Iterable[nn.Module], device: torch.device) -> None:
+    """To a GPU through page-locked memory, except models with hooks, which their own `to` moves."""
+    try:
+        for model in models:
+            move_model_to_gpu(model, device)
+    finally:
+        release_staging()
 
 
 def _is_compiled(model: nn.Module) -> bool:

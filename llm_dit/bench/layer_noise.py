@@ -49,9 +49,7 @@ def layer_noise(model: nn.Module) -> Iterator[Callable[[], list[LayerNoise]]]:
         if reader is not None:
             handles.append(module.register_forward_hook(_comparer(name, reader, found)))
     try:
-        yield lambda: sorted(
-            found.values(), key=lambda layer: layer.output_db if layer.output_db is not None else layer.weight_db
-        )
+        yield lambda: sorted(found.values(), key=lambda layer: layer.output_db)
     finally:
         for handle in handles:
             handle.remove()

@@ -75,14 +75,14 @@ def _run(cases: Sequence[Case], folder: Path, timeout_s: float) -> Iterator[Row]
             ours = [case for case in cases if case.geometry == geometry]
             for method, source in dict.fromkeys((case.method, case.source) for case in ours):
                 group = [case for case in ours if (case.method, case.source) == (method, source)]
-                yield from _measured(measure, group, place, timeout_s)
+                yield from _measured(group, place, timeout_s)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _measured(function: Callable[..., list[Row]], cases: Sequence[Case], folder: Path, timeout_s: float) -> list[Row]:
+def _measured(cases: Sequence[Case], folder: Path, timeout_s: float) -> list[Row]:
     try:
-        return in_fresh_process(function, cases, folder, timeout_s=timeout_s)
+        return in_fresh_process(measure, cases, folder, timeout_s=timeout_s)
     except FreshProcessError as error:
         return [{**asdict(case), "error": str(error)} for case in cases]
 
@@ -105,7 +105,9 @@ def measure(cases: Sequence[Case], folder: Path) -> list[Row]:
 
 
 def _in_a_block(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor) and any(map(str.isdigit, name))
+    return (
+        isinstance(module, nn.Linear) and isinstance(module.weight, TorchAOBaseTensor) and any(map(str.isdigit, name.split(".")))
+    )
 
 
 def _one(pipe: Any, count: int, targets: Sequence[str], device: torch.device) -> Row:

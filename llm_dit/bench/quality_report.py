@@ -32,10 +32,19 @@ _LEAST: Final = 128
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table of the rows."""
+    titles, *values = _grid(rows)
+    return "\n".join([_line(titles), "|" + "---|" * len(titles), *map(_line, values)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _grid(rows: Sequence[Row]) -> list[list[str]]:
+    """The titles of the columns that any row has a value for, and the cells of every row."""
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
     titles = ["method", "transformer", *(COLUMNS[key][0] for key in keys), "latent error, last step"]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    return "\n".join([*lines, *(f"| {' | '.join(_cells(row, keys))} |" for row in rows)])
+    return [titles, *(_cells(row, keys) for row in rows)]
 
 
 def _cells(row: Row, keys: Sequence[str]) -> list[str]:
@@ -47,7 +56,7 @@ def contact_sheet(rows: Sequence[Row], folder: Path, prompts: Sequence[str]) -> 
     """A row of pictures per method, with what was measured beside it."""
     shown = range(min(_SHOWN, len(prompts)))
     found = {row["method"]: [_first_picture(folder / row["method"], seed) for seed in shown] for row in rows}
-    side = max(_LEAST, next(iter(found.values()))[0].width if max(map(len, found.values())) else _LEAST)
+    side = max([_LEAST, *(picture.width for picture in next(iter(found.values()))[:1])])
     sheet = Image.new("RGB", (_LABEL + side * len(shown), side * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for place, row in enumerate(rows):
@@ -71,14 +80,11 @@ def write_report(path: Path, rows: Sequence[Row], folder: Path, prompts: Sequenc
     buffer = io.BytesIO()
     contact_sheet(rows, folder, prompts).save(buffer, "PNG")
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    titles = ["method", "transformer", *(COLUMNS[key][0] for key in keys), "latent error, last step"]
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _cells(row, keys))}</tr>" for row in rows)
+    titles, *values = _grid(rows)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in values)
     layers = "".join(
         f"<li>{html.escape(row['method'])}: "
-        + ", ".join(
-            f"{html.escape(layer['name'])} ({layer['output_db'] or layer['weight_db']:.1f} dB)" for layer in row["worst_layers"]
-        )
+        + ", ".join(f"{html.escape(layer['name'])} ({layer['output_db']:.1f} dB)" for layer in row["worst_layers"])
         for row in rows
         if row.get("worst_layers")
     )

@@ -203,6 +203,5 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 def toml_of(family: str, method: str, mix: Mix) -> str:
     """The section of config.toml that loads a mix."""
-    return f"[{family}]\nquantization_transformer = {method!r}\nquantization_skip = {json.dumps(list(mix.skip))}\n".replace(
-        "'", '"'
-    )
+    choices = {"quantization_transformer": method, "quantization_skip": mix.skip}
+    return "".join([f"[{family}]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in choices.items())])

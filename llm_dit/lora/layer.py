@@ -18,7 +18,8 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..checkpoints.again import Reader
-from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_, requantizing_config
+from ..quantization.detect import FP8_DTYPES
+from ..quantization.torchao_tensors.requantize import requantize_, requantizing_config
 from ..quantization.torchao_tensors.stream import fetch, row_chunks
 from .originals import Original, dequantized, original_of
 
@@ -47,7 +48,7 @@ class ExactLoraLinear(LoraLinear):
             return
         weight: Any = self.get_base_layer().weight
         strange = [name for name in names if name in self.lora_variant or self.lora_bias.get(name)]
-        if strange and self.original is None and type(weight.data) is Tensor and weight.dtype not in RAW_FLOAT8:
+        if strange and self.original is None and type(weight.data) is Tensor and weight.dtype not in FP8_DTYPES:
             super().merge(safe_merge, names)
             return
         if strange or (self.merged_adapters and self.original is None):

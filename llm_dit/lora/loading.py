@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.again import weights_of
-from ..quantization.torchao_tensors.requantize import RAW_FLOAT8
+from ..quantization.detect import FP8_DTYPES
 
 
 def require_peft() -> None:
@@ -136,7 +136,7 @@ def _sixteen_bit_stand_ins(models: Iterable[nn.Module]) -> Iterator[None]:
         (module, module.weight)
         for model in models
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module.weight.dtype in RAW_FLOAT8
+        if isinstance(module, nn.Linear) and module.weight.dtype in FP8_DTYPES
     ]
     for module, weight in cast:
         stand_in = torch.zeros((), dtype=torch.bfloat16, device=weight.device).expand(weight.shape)

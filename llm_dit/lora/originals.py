@@ -18,10 +18,11 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from ..checkpoints.again import Reader
+from ..quantization.detect import FP8_DTYPES
 from ..quantization.kernels import dequantize_rows
 from ..quantization.sizes import plain_parts
 from ..quantization.torchao_tensors.fused import FusedFloat8Tensor, FusedInt8Tensor
-from ..quantization.torchao_tensors.requantize import RAW_FLOAT8, requantize_
+from ..quantization.torchao_tensors.requantize import requantize_
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def dequantized(weight: Any) -> Tensor:
 
 def stands_for(weight: Any) -> torch.dtype:
     """The dtype that a weight was made from; raw float8 does not say, and is taken for bfloat16."""
-    return torch.bfloat16 if weight.dtype in RAW_FLOAT8 else weight.dtype
+    return torch.bfloat16 if weight.dtype in FP8_DTYPES else weight.dtype
 
 
 def _copied(weight: Tensor, device: torch.device) -> Tensor:

@@ -10,13 +10,12 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import Float8Tensor, Int8Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from ..detect import FP8_DTYPES
 from .float8 import Float8StreamConfig
 from .int4 import Int4GroupConfig, Int4GroupTensor
 from .int8 import Int8StreamConfig
 from .static import StaticFloat8Tensor
 from .stream import fetch, quantize_weight, row_chunks, store
-
-RAW_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def requantize_(weight: Tensor, values: Tensor) -> None:
@@ -66,5 +65,5 @@ def _cast_(weight: Tensor, values: Tensor) -> None:
     limit = torch.finfo(weight.dtype).max
     for chunk in row_chunks(weight, weight.device):
         part = fetch(values[chunk], weight.device)
-        part = part.clamp(-limit, limit) if weight.dtype in RAW_FLOAT8 else part
+        part = part.clamp(-limit, limit) if weight.dtype in FP8_DTYPES else part
         store(weight[chunk], part.to(weight.dtype))
