@@ -47,18 +47,29 @@ class MovingMixin(DiffusionPipeline):
             return super().to(*args, **kwargs)
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; refused where torch cannot move compiled blocks of quantized weights."""
+        """As in diffusers; refused where torch cannot move compiled blocks of quantized weights.
+
+        Autoencoders are offloaded leaf by leaf in any case: diffusers brings what is in no block to the device when `forward`
+        is called, and a pipeline calls `decode`.
+        """
         given = signature(super().enable_group_offload).bind(*args, **kwargs).arguments
         excluded = given.get("exclude_modules") or ()
-        excluded = (excluded,) if isinstance(excluded, str) else excluded
-        in_blocks = given.get("offload_type", "block_level") == "block_level"
-        for name, model in models_of(self).items():
-            if in_blocks and name not in excluded and _is_compiled(model) and quantized_by(model):
+        excluded = [excluded] if isinstance(excluded, str) else list(excluded)
+        models = {name: model for name, model in models_of(self).items() if name not in excluded}
+        if given.get("offload_type", "block_level") != "block_level":
+            super().enable_group_offload(*args, **kwargs)
+            return
+        for name, model in models.items():
+            if _is_compiled(model) and quantized_by(model):
                 raise ValueError(
                     f"{name} is quantized and compiled, and torch cannot swap the weights of compiled blocks "
                     "(pytorch#190604): use offload_type='leaf_level', enable_model_cpu_offload(), or load with compile=False"
                 )
-        super().enable_group_offload(*args, **kwargs)
+        autoencoders = {name: model for name, model in models.items() if hasattr(model, "decode")}
+        super().enable_group_offload(**{**given, "exclude_modules": [*excluded, *autoencoders]})
+        given = {name: value for name, value in given.items() if name != "exclude_modules"}
+        for model in autoencoders.values():
+            model.enable_group_offload(**{**given, "offload_type": "leaf_level"})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Refused where a component is cast layerwise: the hooks of its copy would run the modules of the original."""

@@ -83,13 +83,20 @@ class SavingMixin(DiffusionPipeline):
         (folder / _CARD).write_text(text.lstrip("\n"), encoding="utf-8")
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from a checkout"
+
+
 def card_section(report: QuantizationReport, methods: Mapping[str, str | None]) -> str:
     """The section of a model card that says how a pipeline is quantized, by what, and what it takes.
 
     Args:
         methods: by component, the method that a saved model records; the report of one that came quantized does not.
     """
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     rows = [
         f"| {part.name} | {_method(part.method, methods.get(part.name))} | {format_bytes(part.bytes_after)} | "
         f"{format_bytes(part.bytes_before)} |"
