@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,8 +59,10 @@ MISTRAL_CHAT_TEMPLATE = (
 )
 
 
-def train_bpe(special_tokens: list[str], vocab_size: int = 400) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level BPE of at most `vocab_size` entries.
+def train_bpe(
+    special_tokens: list[str], vocab_size: int = 400, corpus: Sequence[str] = CORPUS
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level BPE of at most `vocab_size` entries, and no more than make every word of `corpus` one token.
 
     Returns:
         (vocab, merges) as `Qwen2Tokenizer(vocab=..., merges=...)` takes them; the special tokens come first, in order.
@@ -73,14 +76,14 @@ def train_bpe(special_tokens: list[str], vocab_size: int = 400) -> tuple[dict[st
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
     return trained["vocab"], [(left, right) for left, right in trained["merges"]]
 
 
-def qwen2_tokenizer() -> Qwen2Tokenizer:
+def qwen2_tokenizer(corpus: Sequence[str] = CORPUS, vocab_size: int = 400) -> Qwen2Tokenizer:
     """The tokenizer of the Qwen text encoders, with Qwen3's chat template and the VL models' vision tokens."""
-    vocab, merges = train_bpe(list(QWEN_SPECIAL_TOKENS))
+    vocab, merges = train_bpe(list(QWEN_SPECIAL_TOKENS), vocab_size, corpus)
     return Qwen2Tokenizer(
         vocab=vocab,
         # Annotated as strings, but handed on to a BPE, which takes pairs.

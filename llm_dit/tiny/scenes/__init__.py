@@ -2,6 +2,20 @@
 
 from .drawing import draw
 from .reading import Score, read, score
-from .scene import Scene, Thing, held_out, parse, sample
+from .scene import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thing, held_out, parse, sample
 
-__all__ = ["Scene", "Score", "Thing", "draw", "held_out", "parse", "read", "sample", "score"]
+__all__ = [
+    "COLOURS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "Scene",
+    "Score",
+    "Thing",
+    "draw",
+    "held_out",
+    "parse",
+    "read",
+    "sample",
+    "score",
+]

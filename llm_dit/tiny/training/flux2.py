@@ -1,0 +1,92 @@
+"""FLUX.2 klein: three hidden states of the text encoder side by side, padding included, before 64 tokens of 128 channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from .course import Course, initialized, tokenizer
+from .z_image import AUTOENCODER, qwen3_config
+
+LAYERS = (1, 2, 3)
+"""The hidden states that become the prompt."""
+
+
+class KleinCourse(Course):
+    """Width 128, and MLPs of 384."""
+
+    name = "flux2-klein"
+    call = {
+        "height": 128,
+        "width": 128,
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 32,
+        "text_encoder_out_layers": LAYERS,
+    }
+    text_length = 32
+    template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+    def build(self) -> DiffusionPipeline:
+        return Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+            vae=initialized(lambda: AutoencoderKLFlux2(**AUTOENCODER), seed=1),
+            text_encoder=initialized(lambda: AutoModelForCausalLM.from_config(qwen3_config(4)), seed=2),
+            tokenizer=tokenizer(),
+            transformer=initialized(
+                lambda: Flux2Transformer2DModel(
+                    num_layers=2,
+                    num_single_layers=3,
+                    num_attention_heads=4,
+                    attention_head_dim=32,
+                    axes_dims_rope=(8, 8, 8, 8),
+                    joint_attention_dim=64 * len(LAYERS),
+                    guidance_embeds=False,
+                ),
+                seed=3,
+            ),
+        )
+
+    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = vae.quant_conv(vae.encoder(pictures)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        return vae.decoder(vae.post_quant_conv(latents))
+
+    def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
+        patches = Flux2KleinPipeline._patchify_latents(latents)
+        vae.bn.running_mean.copy_(patches.mean(dim=(0, 2, 3)))
+        vae.bn.running_var.copy_(patches.var(dim=(0, 2, 3)))
+        return latents
+
+    def clean(self, vae: Any, latents: Tensor) -> Tensor:
+        patches = Flux2KleinPipeline._patchify_latents(latents)
+        mean, variance = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
+        return Flux2KleinPipeline._pack_latents((patches - mean) / (variance + vae.config.batch_norm_eps).sqrt())
+
+    def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        states = pipe.text_encoder.model(
+            input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        prompt = torch.cat([states[layer] for layer in LAYERS], dim=-1)
+        side = int(noisy.shape[1] ** 0.5)
+        grid = torch.zeros(1, 1, side, side, device=noisy.device)
+        return pipe.transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=prompt.to(noisy.dtype),
+            timestep=sigma,
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(grid).to(noisy.device),
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(prompt[:1]).to(noisy.device),
+            return_dict=False,
+        )[0]

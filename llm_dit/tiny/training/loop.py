@@ -1,0 +1,117 @@
+"""A training run of so many minutes: one schedule, averaged weights, and a checkpoint from which it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+_WARM_UP = 200
+"""Steps over which the learning rate rises."""
+_DECAY = 0.5
+"""Share of the time over which it falls to 0 again, at the end."""
+_EVERY_S = 30.0
+"""Seconds between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a stage trains, and how fast it learns.
+
+    Attributes:
+        minutes: of training, summed over interruptions; the schedule follows the time.
+        rate: the highest learning rate of AdamW.
+        average: weight of the past in the averaged weights.
+    """
+
+    minutes: float
+    rate: float
+    average: float = 0.999
+
+
+class Run:
+    """The parameters of some modules while they are trained.
+
+    Args:
+        modules: what is trained; at the end it holds the averaged weights.
+        budget: for how long.
+        checkpoint: a .safetensors file that the run writes, and goes on from if it is there.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], budget: Budget, checkpoint: Path) -> None:
+        self.parameters = [parameter for module in modules for parameter in module.parameters()]
+        self.device = self.parameters[0].device
+        self.budget = budget
+        self.checkpoint = checkpoint
+        self.averaged = [parameter.detach().clone() for parameter in self.parameters]
+        self.first = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.second = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.steps, self.seconds = 0, 0.0
+        if checkpoint.is_file():
+            self._resume()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=budget.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        for index, parameter in enumerate(self.parameters):
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.steps), device=self.device),
+                "exp_avg": self.first[index],
+                "exp_avg_sq": self.second[index],
+            }
+
+    def train(self, loss_of: Callable[[], Tensor], title: str) -> None:
+        """Calls `loss_of` and follows its gradient until the time is up."""
+        end = self.budget.minutes * 60
+        saved = started = time.perf_counter() - self.seconds
+        with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
+            while self.seconds < end:
+                loss = self._step(loss_of)
+                self.seconds = time.perf_counter() - started
+                if self.steps % 100 == 0:
+                    bar.set_postfix(steps=self.steps, loss=f"{loss.item():.4f}")
+                    bar.update(min(round(self.seconds), round(end)) - bar.n)
+                if time.perf_counter() - saved > _EVERY_S:
+                    self._save()
+                    saved = time.perf_counter()
+        self._save()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.averaged)
+
+    def _step(self, loss_of: Callable[[], Tensor]) -> Tensor:
+        done = self.seconds / (self.budget.minutes * 60)
+        rate = self.budget.rate * min(1.0, (self.steps + 1) / _WARM_UP, (1 - done) / _DECAY)
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(rate, 0.0)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        weight = min(self.budget.average, self.steps / (self.steps + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - weight)
+        return loss.detach()
+
+    def _save(self) -> None:
+        kinds = {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
+        tensors = {f"{kind}.{i}": tensor.detach() for kind, each in kinds.items() for i, tensor in enumerate(each)}
+        written = self.checkpoint.with_suffix(".partial")
+        save_file(tensors, written, {"progress": json.dumps({"steps": self.steps, "seconds": self.seconds})})
+        written.replace(self.checkpoint)
+
+    def _resume(self) -> None:
+        kinds = {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
+        with safe_open(self.checkpoint, "pt") as file, torch.no_grad():
+            for kind, each in kinds.items():
+                for index, tensor in enumerate(each):
+                    tensor.copy_(file.get_tensor(f"{kind}.{index}"))
+            progress = json.loads(file.metadata()["progress"])
+        self.steps, self.seconds = progress["steps"], progress["seconds"]

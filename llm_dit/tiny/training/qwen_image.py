@@ -1,0 +1,98 @@
+"""Qwen-Image: the caption without its template's first 34 tokens, masked, before 64 tokens of 64 channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from ..qwen_image import VISION, VISION_TOKENS
+from .course import Course, initialized, tokenizer
+
+DROPPED = 34
+"""Tokens of the template before the caption, which the pipeline leaves out (`prompt_template_encode_start_idx`)."""
+
+
+class QwenImageCourse(Course):
+    """Width 96, and MLPs of 384."""
+
+    name = "qwen-image"
+    call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0, "negative_prompt": ""}
+    text_length = DROPPED + 18
+    template = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+        "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+    def build(self) -> DiffusionPipeline:
+        return QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+            vae=initialized(lambda: AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 3, 3], num_res_blocks=1), seed=1),
+            text_encoder=initialized(lambda: Qwen2_5_VLForConditionalGeneration(_qwen25_vl()), seed=2),
+            tokenizer=tokenizer(),
+            transformer=initialized(
+                lambda: QwenImageTransformer2DModel(
+                    num_layers=5,
+                    num_attention_heads=3,
+                    attention_head_dim=32,
+                    joint_attention_dim=64,
+                    axes_dims_rope=(8, 12, 12),
+                ),
+                seed=3,
+            ),
+        )
+
+    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = vae.quant_conv(vae.encoder(pictures.unsqueeze(2)))[:, :, 0].chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """Not clamped to -1..1, as `decode` does: what is outside would have no gradient."""
+        return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
+
+    def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
+        vae.register_to_config(latents_mean=latents.mean(dim=(0, 2, 3)).tolist(), latents_std=latents.std(dim=(0, 2, 3)).tolist())
+        return latents
+
+    def clean(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, deviation = (torch.tensor(values).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std))
+        normalized = (latents - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
+        return QwenImagePipeline._pack_latents(normalized, *latents.shape)
+
+    def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        states = pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        side = int(noisy.shape[1] ** 0.5)
+        return pipe.transformer(
+            hidden_states=noisy,
+            timestep=sigma,
+            encoder_hidden_states=states[:, DROPPED:].to(noisy.dtype),
+            encoder_hidden_states_mask=mask[:, DROPPED:],
+            img_shapes=[[(1, side, side)]] * len(noisy),
+            return_dict=False,
+        )[0]
+
+
+def _qwen25_vl() -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL of width 64, with the vision tower that no caption uses."""
+    text = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
+    }
+    vision = {**VISION, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **VISION_TOKENS)
