@@ -129,6 +129,7 @@ def quality(
     width: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     floor: Annotated[str, typer.Option(help="What bf16 itself is compared with: float32, compile or skip.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 1,
     sheet: Annotated[Path | None, typer.Option(help="A contact sheet, PNG.")] = None,
     report: Annotated[Path | None, typer.Option(help="A report that holds all it shows, HTML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -146,6 +147,7 @@ def quality(
         captions is not None,
         _call(height, width, steps),
         floor,
+        batch,
     )
     rows = list(bench.run(options))
     if sheet:

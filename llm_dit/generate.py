@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from .load import load_pipeline, pipeline_class_of
+from .loader import read_json
 from .mixin import QuantizablePipelineMixin
 from .names import check_name, nearest
 
@@ -97,7 +98,7 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
 
 
 def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> dict[str, Any]:
-    """The keyword arguments of the call: what the user gave, over what the family recommends.
+    """The keyword arguments of the call: what the user gave, over the model's own call.json, over what the family recommends.
 
     A default that this pipeline of the family does not take is left out; an argument of the user's is refused.
     """
@@ -111,7 +112,7 @@ def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> 
             raise ValueError(f"{type(pipe).__name__} takes no argument {name!r}: {nearest(name, accepted)}")
     if "prompt" not in accepted:
         raise ValueError(f"{type(pipe).__name__} takes no prompt: call it from Python with the inputs it wants")
-    defaults = {**family.call, **family.adapt(pipe)}
+    defaults = {**family.call, **family.adapt(pipe), **_own_call(options.model)}
     arguments = {name: value for name, value in defaults.items() if name in accepted}
     return {
         **arguments,
@@ -119,6 +120,11 @@ def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> 
         "prompt": options.prompt,
         "generator": torch.Generator("cpu").manual_seed(options.seed),
     }
+
+
+def _own_call(model: str) -> dict[str, Any]:
+    """What the folder of a model says it is called with, in its call.json; the tiny models that are shipped have one."""
+    return read_json(model, "call.json", {}) if Path(model).is_dir() else {}
 
 
 def check_output(output: Path, video: bool) -> None:

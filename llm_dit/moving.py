@@ -65,7 +65,7 @@ class MovingMixin(DiffusionPipeline):
                     f"{name} is quantized and compiled, and torch cannot swap the weights of compiled blocks "
                     "(pytorch#190604): use offload_type='leaf_level', enable_model_cpu_offload(), or load with compile=False"
                 )
-        autoencoders = {name: model for name, model in models.items() if hasattr(model, "decode")}
+        autoencoders: dict[str, Any] = {name: model for name, model in models.items() if hasattr(model, "decode")}
         super().enable_group_offload(**{**given, "exclude_modules": [*excluded, *autoencoders]})
         given = {name: value for name, value in given.items() if name != "exclude_modules"}
         for model in autoencoders.values():

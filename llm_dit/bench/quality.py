@@ -21,21 +21,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..generate import GenerateOptions, call_arguments
 from ..load import load_pipeline
 from ..names import check_name
 from ..quantization import METHODS, get_method
 from ..tiny import scenes
 from .layer_noise import layer_noise
 from .picture_metrics import METRICS, require_metrics
+from .pictures import batches, make
 from .results import Row, write_text
 
 REFERENCE: Final = "none"
 FLOORS: Final = ("float32", "compile", "skip")
 WORST: Final = 5
 """Layers that are named."""
-FRAMES: Final = 8
-"""Frames of a clip that are compared, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Options:
         captions: the prompts are captions of scenes, and are scored.
         call: further arguments of the pipeline's call, e.g. its size.
         floor: what bf16 is compared with for the noise floor: "float32", "compile" or "skip".
+        batch: prompts of one call; which of them share one changes a picture no more than rounding does.
     """
 
     source: str
@@ -59,6 +58,7 @@ class Options:
     captions: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     floor: str = "float32"
+    batch: int = 1
 
 
 def scene_captions(count: int) -> tuple[str, ...]:
@@ -127,14 +127,16 @@ def _generate_all(options: Options, method: str, folder: Path) -> Row:
     """Makes the pictures that are not there yet; returns what else the model says."""
     pipe = _load(options, method)
     worst: list[Any] = []
-    for index, prompt in enumerate(tqdm(options.prompts, desc=method, unit="picture", delay=2, leave=False)):
-        first = index == 0 and method in METHODS and method != REFERENCE
-        if first:
+    bar = tqdm(desc=method, total=len(options.prompts), unit="picture", delay=2, leave=False)
+    for prompts in batches(options.prompts, options.batch):
+        if 0 in prompts and method in METHODS and method != REFERENCE:
             with layer_noise(pipe.transformer) as read:
-                _generate(pipe, options, prompt, index, folder)
+                _generate(pipe, options, prompts, folder)
             worst = [asdict(layer) for layer in read()[:WORST]]
-        elif not _latents(folder, index).is_file():
-            _generate(pipe, options, prompt, index, folder)
+        elif not all(_latents(folder, number).is_file() for number in prompts):
+            _generate(pipe, options, prompts, folder)
+        bar.update(len(prompts))
+    bar.close()
     held = pipe.quantization_report
     facts = {"bytes": held["transformer"].bytes_after, "worst_layers": worst}
     del pipe
@@ -144,29 +146,12 @@ def _generate_all(options: Options, method: str, folder: Path) -> Row:
     return facts
 
 
-def _generate(pipe: Any, options: Options, prompt: str, seed: int, folder: Path) -> None:
-    asked = GenerateOptions(options.source, prompt, folder, call=dict(options.call), seed=seed)
-    arguments = {**call_arguments(pipe, asked), "output_type": "np"}
-    steps: list[torch.Tensor] = []
-
-    def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        steps.append(tensors["latents"].detach().float().cpu().clone())
-        return {}
-
-    result = pipe(**arguments, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
-    for number, picture in enumerate(pictures_of(result)):
-        Image.fromarray(picture).save(folder / f"{seed:04}-{number}.png")
-    save_file({f"step{number:03}": tensor.contiguous() for number, tensor in enumerate(steps)}, _latents(folder, seed))
-
-
-def pictures_of(result: Any) -> list[np.ndarray]:
-    """The pictures of a result, or frames of its first clip, as [H, W, 3] uint8."""
-    if hasattr(result, "images"):
-        found = np.asarray(result.images[:1])
-    else:
-        frames = np.asarray(result.frames[0])
-        found = frames[np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)]
-    return [(np.clip(picture, 0, 1) * 255).round().astype(np.uint8) for picture in found]
+def _generate(pipe: Any, options: Options, prompts: Mapping[int, str], folder: Path) -> None:
+    for seed, made in zip(prompts, make(pipe, options.source, prompts, options.call), strict=True):
+        for number, picture in enumerate(made.pictures):
+            Image.fromarray(picture).save(folder / f"{seed:04}-{number}.png")
+        steps = {f"step{number:03}": tensor.contiguous() for number, tensor in enumerate(made.latents)}
+        save_file(steps, _latents(folder, seed))
 
 
 def _latents(folder: Path, seed: int) -> Path:

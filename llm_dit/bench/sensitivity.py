@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..generate import GenerateOptions, call_arguments
 from ..load import load_pipeline
 from ..names import check_name
 from ..quantization import get_method
@@ -30,7 +29,7 @@ from ..quantization.filters import Layer, decide_layers
 from ..quantization.sizes import tensor_bytes
 from ..quantization.torchao_tensors.stream import quantize_weight
 from .picture_metrics import psnr, require_metrics
-from .quality import pictures_of
+from .pictures import batches, make
 from .results import Row, read_rows, write_text
 
 GROUPINGS: Final = ("kind", "block")
@@ -167,16 +166,10 @@ class Sensitivity:
         """(final latents, pictures) of all prompts."""
         latents: list[Tensor] = []
         pictures: list[np.ndarray] = []
-        for seed, prompt in enumerate(self.options.prompts):
-            asked = GenerateOptions(self.options.source, prompt, Path(), call=dict(self.options.call or {}), seed=seed)
-            last: dict[str, Tensor] = {}
-            result = self.pipe(
-                **{**call_arguments(self.pipe, asked), "output_type": "np"},
-                callback_on_step_end=lambda pipe, index, time, tensors, last=last: last.update(tensors) or {},
-                callback_on_step_end_tensor_inputs=["latents"],
-            )
-            latents.append(last["latents"].detach().float().cpu())
-            pictures += pictures_of(result)
+        for prompts in batches(self.options.prompts, 1):
+            (made,) = make(self.pipe, self.options.source, prompts, self.options.call or {})
+            latents.append(made.latents[-1])
+            pictures += made.pictures
         return latents, pictures
 
     def _psnr(self, pictures: Sequence[np.ndarray]) -> float:

@@ -54,23 +54,33 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     made = []
     generate = quality._generate
 
-    def counted(pipe, options, prompt, seed, folder):
+    def counted(pipe, options, prompts, folder):
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append((folder.name, seed))
-        generate(pipe, options, prompt, seed, folder)
+        made.append((folder.name, *prompts))
+        generate(pipe, options, prompts, folder)
 
     monkeypatch.setattr(quality, "_generate", counted)
     with pytest.raises(KeyboardInterrupt):
         list(quality.run(asked))
     made.clear()
-    monkeypatch.setattr(quality, "_generate", lambda *args: (made.append((args[4].name, args[3])), generate(*args)))
+    monkeypatch.setattr(quality, "_generate", lambda *args: (made.append((args[3].name, *args[2])), generate(*args)))
     rows = list(quality.run(asked))
     # The first picture of a method is made again, because the layers are compared in it.
     assert made == [("int8", 0), ("int8", 1)]
     made.clear()
     assert list(quality.run(asked)) == rows
     assert made == []
+
+
+@pytest.mark.parametrize("name", ["z-image", "qwen-image"])
+def test_prompts_of_one_call_give_the_pictures_of_single_calls(name, tiny, tmp_path):
+    asked = {"methods": (), "floor": "skip", "prompts": quality.scene_captions(3), "captions": False, "call": SIZE}
+    for batch in (1, 2):
+        list(quality.run(quality.Options(str(tiny(name)), folder=tmp_path / str(batch), batch=batch, **asked)))
+    for number in range(3):
+        one, two = (np.asarray(Image.open(tmp_path / str(batch) / "none" / f"{number:04}-0.png")) for batch in (1, 2))
+        assert psnr(one, two) > 30
 
 
 def test_another_question_is_refused(tiny, tmp_path):

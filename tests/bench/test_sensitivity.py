@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from llm_dit import load_pipeline
 from llm_dit.bench import sensitivity
 from llm_dit.bench.picture_metrics import psnr
-from llm_dit.bench.quality import pictures_of, scene_captions
+from llm_dit.bench.pictures import pictures_of
+from llm_dit.bench.quality import scene_captions
 from llm_dit.cli import app
 from llm_dit.generate import GenerateOptions, call_arguments
 

@@ -67,7 +67,7 @@ class Course(ABC):
 
     @abstractmethod
     def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
-        """Makes `clean` of these latents [B, C, h, w] have deviation 1; returns them as the autoencoder gives them from now on."""
+        """Makes `clean` of latents [B, C, h, w] have deviation 1; returns them as the autoencoder gives them from now on."""
 
     @abstractmethod
     def clean(self, vae: Any, latents: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def draw_all(folder: Path, count: int) -> Drawn:
 def _draw(numbered: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
     seed, size = numbered
     generator = np.random.default_rng((1, seed))
-    pictures, captions = np.empty((size, SIDE, SIDE, 3), np.uint8), []
+    pictures = np.empty((size, SIDE, SIDE, 3), np.uint8)
+    captions: list[str] = []
     while len(captions) < size:
         scene = scenes.sample(generator)
         if not scenes.held_out(scene):

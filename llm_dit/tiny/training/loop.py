@@ -47,7 +47,7 @@ class Run:
     """
 
     def __init__(self, modules: Sequence[nn.Module], budget: Budget, checkpoint: Path) -> None:
-        self.parameters = [parameter for module in modules for parameter in module.parameters()]
+        self.parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
         self.device = self.parameters[0].device
         self.budget = budget
         self.checkpoint = checkpoint
@@ -101,16 +101,17 @@ class Run:
         return loss.detach()
 
     def _save(self) -> None:
-        kinds = {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
-        tensors = {f"{kind}.{i}": tensor.detach() for kind, each in kinds.items() for i, tensor in enumerate(each)}
+        tensors = {f"{kind}.{i}": tensor.detach() for kind, each in self._state().items() for i, tensor in enumerate(each)}
         written = self.checkpoint.with_suffix(".partial")
         save_file(tensors, written, {"progress": json.dumps({"steps": self.steps, "seconds": self.seconds})})
         written.replace(self.checkpoint)
 
+    def _state(self) -> dict[str, list[Tensor]]:
+        return {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
+
     def _resume(self) -> None:
-        kinds = {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
         with safe_open(self.checkpoint, "pt") as file, torch.no_grad():
-            for kind, each in kinds.items():
+            for kind, each in self._state().items():
                 for index, tensor in enumerate(each):
                     tensor.copy_(file.get_tensor(f"{kind}.{index}"))
             progress = json.loads(file.metadata()["progress"])
