@@ -129,7 +129,7 @@ def _shape_reason(module: nn.Module, method: Method) -> str:
         return f"{module.in_features} x {module.out_features} is not divisible by {multiple}, which {method.name} needs"
     multiple = method.in_features_multiple_of
     if module.in_features % multiple:
-        return f"in_features {module.in_features} is not divisible by the group of {multiple}"
+        return f"in_features {module.in_features} is not divisible by the smallest group, {multiple}"
     return ""
 
 

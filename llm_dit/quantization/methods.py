@@ -23,7 +23,7 @@ from torchao.quantization import (
 from ..names import nearest
 from .torchao_tensors.float8 import Float8StreamConfig
 from .torchao_tensors.fused import ZERO_ROW_BOUND
-from .torchao_tensors.int4 import GROUP_SIZE, Int4GroupConfig
+from .torchao_tensors.int4 import GROUP_SIZE, SMALLEST_GROUP, Int4GroupConfig
 from .torchao_tensors.int8 import Int8StreamConfig
 
 _TORCHAO_GRANULARITY: Final = {"per-row": PerRow, "per-tensor": PerTensor}
@@ -101,10 +101,10 @@ _ROWS: Final = (
     ),
     Method(
         "int4",
-        f"int4 weights in asymmetric groups of {GROUP_SIZE}, 16-bit compute, most compression",
+        f"int4 weights in asymmetric groups of {GROUP_SIZE} at most, 16-bit compute, most compression",
         0.5,
         make_config=lambda granularity: Int4GroupConfig(),
-        in_features_multiple_of=GROUP_SIZE,
+        in_features_multiple_of=SMALLEST_GROUP,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""int4 weights: nibbles packed in pairs, asymmetric groups of 128, dequantized and then multiplied.
+"""int4 weights: nibbles packed in pairs, asymmetric groups of 128 (or 64 or 32, where a row is no multiple of that), dequantized and then multiplied.
 
 torchao's stock int4 kernels either need a package that no wheel index has for every card or multiply tile by tile, 14
 times slower than bf16 at the thousands of tokens of a diffusion step. There the multiplication dominates and
@@ -21,13 +21,26 @@ from .shared_rows import quantize_shared_rows
 from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
 GROUP_SIZE = 128
+SMALLEST_GROUP = 32
 
 
 @dataclass
 class Int4GroupConfig(AOBaseConfig):
-    """int4 weights in asymmetric groups of `group_size` along in_features."""
+    """int4 weights in asymmetric groups of at most `group_size` along in_features."""
 
     group_size: int = GROUP_SIZE
+
+
+def group_size_for(columns: int, largest: int = GROUP_SIZE) -> int:
+    """The largest group that rows of `columns` weights divide into: `largest`, or a half or a quarter of it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for size in (largest, largest // 2, largest // 4):
+        if size and columns % size == 0:
+            return size
+    raise ValueError(f"rows of {columns} weights do not divide into groups of {largest}, or a half or a quarter of it")
 
 
 @serializable
@@ -86,17 +99,18 @@ class Int4GroupTensor(DequantizedWeight):
 
 @register_weight_handler(Int4GroupConfig)
 def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
-    """[N, K] with K divisible by the group size -> `Int4GroupTensor`."""
+    """[N, K] with K divisible by a quarter of the group size -> `Int4GroupTensor`."""
     assert isinstance(config, Int4GroupConfig)
     rows, columns = weight.shape
-    groups = columns // config.group_size
+    size = group_size_for(columns, config.group_size)
+    groups = columns // size
     qdata = allocate((rows, columns // 2), torch.uint8, target)
     scale = torch.empty((rows, groups), dtype=weight.dtype, device=compute)
     zero_point = torch.empty_like(scale)
     # A group of equal weights has no range. The floor keeps the scale from 0; such a group is its zero point alone.
     floor = torch.finfo(weight.dtype).tiny
     for chunk in row_chunks(weight, compute):
-        part = fetch(weight[chunk], compute).float().view(-1, groups, config.group_size)
+        part = fetch(weight[chunk], compute).float().view(-1, groups, size)
         low, high = part.amin(-1), part.amax(-1)
         # Rounded as they are stored before the weights are, so that the rounding of a scale adds no error of its own.
         step = ((high - low) / 15).to(weight.dtype).clamp(min=floor)
@@ -108,7 +122,7 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
         zero_point[chunk] = low
     require_finite(scale)
     require_finite(zero_point)
-    return Int4GroupTensor(qdata, scale.to(target), zero_point.to(target), config.group_size, weight.dtype)
+    return Int4GroupTensor(qdata, scale.to(target), zero_point.to(target), size, weight.dtype)
 
 
 @Int4GroupTensor.implements(aten.linear.default)
