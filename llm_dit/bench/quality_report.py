@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,10 @@ _SHOWN: Final = 8
 """Pictures of a row of the sheet."""
 _LABEL: Final = 200
 """Width of the labels in pixels."""
+_HEADER: Final = 64
+"""Height of the prompts in pixels."""
+_LETTER: Final = 6
+"""Width of a letter of Pillow's font in pixels."""
 _LEAST: Final = 128
 """Side of a picture on the sheet, at least."""
 
@@ -53,16 +58,20 @@ def _cells(row: Row, keys: Sequence[str]) -> list[str]:
 
 
 def contact_sheet(rows: Sequence[Row], folder: Path, prompts: Sequence[str]) -> Image.Image:
-    """A row of pictures per method, with what was measured beside it."""
+    """A row of pictures per method, with what was measured beside it, under their prompts."""
     shown = range(min(_SHOWN, len(prompts)))
     found = {row["method"]: [_first_picture(folder / row["method"], seed) for seed in shown] for row in rows}
     side = max([_LEAST, *(picture.width for picture in next(iter(found.values()))[:1])])
-    sheet = Image.new("RGB", (_LABEL + side * len(shown), side * len(rows)), "white")
+    sheet = Image.new("RGB", (_LABEL + side * len(shown), _HEADER + side * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
+    for column in shown:
+        lines = textwrap.wrap(prompts[column], side // _LETTER, max_lines=4, placeholder=" ...")
+        pen.multiline_text((_LABEL + column * side + 4, 4), "\n".join(lines), fill="black")
     for place, row in enumerate(rows):
-        pen.multiline_text((8, place * side + 8), "\n".join(_told(row)), fill="black", spacing=3)
+        top = _HEADER + place * side
+        pen.multiline_text((8, top + 8), "\n".join(_told(row)), fill="black", spacing=3)
         for column, picture in enumerate(found[row["method"]]):
-            sheet.paste(picture.resize((side, side)), (_LABEL + column * side, place * side))
+            sheet.paste(picture.resize((side, side)), (_LABEL + column * side, top))
     return sheet
 
 

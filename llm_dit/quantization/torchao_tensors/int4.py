@@ -1,4 +1,6 @@
-"""int4 weights: nibbles packed in pairs, asymmetric groups of 128 (or 64 or 32, where a row is no multiple of that), dequantized and then multiplied.
+"""int4 weights: nibbles packed in pairs, asymmetric groups of 128, dequantized and then multiplied.
+
+Rows that 128 does not divide have groups of 64 or 32.
 
 torchao's stock int4 kernels either need a package that no wheel index has for every card or multiply tile by tile, 14
 times slower than bf16 at the thousands of tokens of a diffusion step. There the multiplication dominates and

@@ -185,3 +185,15 @@ def test_int4_compute_wants_int4():
         set_int4_compute(nn.Linear(16, 16), "fp8")
     with pytest.raises(ValueError, match="unknown int4 compute 'fp4'"):
         set_int4_compute(nn.Linear(16, 16), "fp4")
+
+
+@pytest.mark.parametrize(("columns", "size"), [(384, 128), (192, 64), (96, 32)])
+def test_rows_that_no_group_of_128_divides_take_smaller_ones(columns, size):
+    weight = int4(16, columns)
+    assert weight.group_size == size
+    assert weight.scale.shape == (16, columns // size)
+
+
+def test_rows_that_no_group_divides_stay():
+    with pytest.raises(ValueError, match="do not divide into groups of 128"):
+        int4(16, 120)

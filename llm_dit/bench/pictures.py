@@ -1,0 +1,70 @@
+"""Pictures of many prompts, the n-th with seed n, with the latents after every step: what comparing methods starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..generate import GenerateOptions, call_arguments
+
+FRAMES: Final = 8
+"""Frames of a clip that are compared, evenly spread."""
+_REPEATED: Final = ("negative_prompt",)
+"""Arguments that a call with several prompts takes as many of."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one prompt became.
+
+    Attributes:
+        pictures: [H, W, 3] uint8; one, or frames of a clip.
+        latents: after every step, float32 on the host.
+    """
+
+    pictures: list[np.ndarray]
+    latents: list[Tensor]
+
+
+def make(pipe: Any, source: str, prompts: Mapping[int, str], call: Mapping[str, Any]) -> list[Made]:
+    """Runs the pipeline once for all of `prompts`, which are numbered; a number is the seed of its noise."""
+    texts, steps = list(prompts.values()), []
+    asked = GenerateOptions(source, texts[0], Path(), call=dict(call))
+    arguments = {**call_arguments(pipe, asked), "output_type": "np"}
+    arguments["generator"] = [torch.Generator("cpu").manual_seed(number) for number in prompts]
+    arguments["prompt"] = texts
+    if len(texts) == 1:
+        arguments |= {"prompt": texts[0], "generator": arguments["generator"][0]}
+    else:
+        arguments |= {name: [arguments[name]] * len(texts) for name in _REPEATED if isinstance(arguments.get(name), str)}
+
+    def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(tensors["latents"].detach().float().cpu().clone())
+        return {}
+
+    result = pipe(**arguments, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    return [Made(pictures_of(result, place), [step[place] for step in steps]) for place in range(len(texts))]
+
+
+def pictures_of(result: Any, place: int = 0) -> list[np.ndarray]:
+    """The picture of a result, or frames of its clip, as [H, W, 3] uint8."""
+    if hasattr(result, "images"):
+        found = np.asarray(result.images[place : place + 1])
+        found = found.reshape(-1, *found.shape[-3:])  # layered pipelines return several pictures of one prompt
+    else:
+        frames = np.asarray(result.frames[place])
+        found = frames[np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).astype(int)]
+    return [(np.clip(picture, 0, 1) * 255).round().astype(np.uint8) for picture in found]
+
+
+def batches(prompts: Sequence[str], size: int) -> Iterator[dict[int, str]]:
+    """The prompts by number, at most `size` at a time."""
+    numbered = list(enumerate(prompts))
+    for start in range(0, len(numbered), size):
+        yield dict(numbered[start : start + size])
