@@ -198,6 +198,7 @@ def sensitivity(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON of the groups; a later run goes on from it.")
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 1,
     toml: Annotated[Path | None, typer.Option(help="Write the section of config.toml.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -209,7 +210,7 @@ def sensitivity(
     from .quantization.report import format_bytes
 
     asked = _asked(captions, prompts)
-    trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output))
+    trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output, batch))
     rows = sorted(trial.rows(), key=lambda row: -row["harm_per_mib"])
     uniform, mix = trial.measure(()), trial.best(rows, at_least)
     section = bench.toml_of(trial.pipe.family.name, trial.method.name, mix)
@@ -225,3 +226,21 @@ def sensitivity(
     for title, one in (("all groups", uniform), (f"{len(mix.skip)} groups left alone", mix)):
         print_plain(f"{title}: {one.psnr:.1f} dB, transformer {format_bytes(one.bytes)}")
     print_plain(section)
+
+
+@bench_app.command("int4")
+def int4_grids(
+    source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
+    captions: Annotated[int, typer.Option(min=1, help="Prompts: so many captions of scenes.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 10,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON of the rows.")] = None,
+) -> None:
+    """Ways to choose int4 values, compared on pictures: group sizes, symmetry, clipping, HQQ, a low-rank correction."""
+    from .bench import int4_grids as bench
+    from .bench.results import write_text
+    from .bench.sensitivity import Options, Sensitivity
+
+    rows = list(bench.compare(Sensitivity(Options(source, "int4", _asked(captions, None), batch=batch))))
+    if output:
+        write_text(output, json.dumps(rows, indent=2) + "\n")
+    print_plain(bench.table(rows))

@@ -46,6 +46,7 @@ class Options:
         by: groups of layers: "kind" (one Linear of all blocks that are alike) or "block".
         call: further arguments of the pipeline's call.
         output: JSON of the rows, from which an interrupted run goes on.
+        batch: prompts of one call.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Options:
     by: str = "kind"
     call: Mapping[str, Any] | None = None
     output: Path | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Sensitivity:
         self.groups: dict[str, list[Layer]] = {}
         for layer in self.layers:
             self.groups.setdefault(group_of(layer.name, options.by), []).append(layer)
-        self.reference = self._generate()
+        self.reference = self.generate()
 
     def rows(self) -> Iterator[Row]:
         """A row for every group, as it is measured; those that `output` holds are not measured again."""
@@ -106,8 +108,8 @@ class Sensitivity:
 
     def _row(self, group: str, layers: Sequence[Layer]) -> Row:
         with self._quantized(layers) as saved:
-            latents, pictures = self._generate()
-        error = mean(_relative(found, wanted) for found, wanted in zip(latents, self.reference[0], strict=True))
+            latents, pictures = self.generate()
+        error = mean(relative(found, wanted) for found, wanted in zip(latents, self.reference[0], strict=True))
         return {
             "source": self.options.source,
             "method": self.method.name,
@@ -115,7 +117,7 @@ class Sensitivity:
             "layers": len(layers),
             "bytes_saved": saved,
             "error": error,
-            "psnr": self._psnr(pictures),
+            "psnr": self.psnr(pictures),
             "harm_per_mib": error**2 / (saved / 2**20),
         }
 
@@ -142,37 +144,46 @@ class Sensitivity:
         """All groups but those of `skip` quantized at once."""
         layers = [layer for group, members in self.groups.items() if group not in skip for layer in members]
         with self._quantized(layers):
-            _, pictures = self._generate()
+            _, pictures = self.generate()
             size = sum(tensor_bytes(parameter) for parameter in self.pipe.transformer.parameters())
-        return Mix(tuple(skip), self._psnr(pictures), size)
+        return Mix(tuple(skip), self.psnr(pictures), size)
 
     @contextmanager
     def _quantized(self, layers: Sequence[Layer]) -> Iterator[int]:
         """While it lasts, `layers` are quantized; yields the bytes that saves."""
-        before = [(layer.module, layer.module._parameters["weight"]) for layer in layers]
-        saved = 0
-        try:
-            for layer in layers:
-                assert layer.config is not None
-                weight = quantize_weight(layer.weight.detach(), layer.config)
-                saved += tensor_bytes(layer.weight) - tensor_bytes(weight)
-                layer.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        weights, saved = [], 0
+        for layer in layers:
+            assert layer.config is not None
+            weight = quantize_weight(layer.weight.detach(), layer.config)
+            saved += tensor_bytes(layer.weight) - tensor_bytes(weight)
+            weights.append((layer, weight))
+        with self.replaced(weights):
             yield saved
+
+    @contextmanager
+    def replaced(self, weights: Sequence[tuple[Layer, Tensor]]) -> Iterator[None]:
+        """While it lasts, layers have other weights."""
+        before = [(layer.module, layer.module._parameters["weight"]) for layer, _ in weights]
+        try:
+            for layer, weight in weights:
+                layer.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            yield
         finally:
             for module, parameter in before:
                 module._parameters["weight"] = parameter
 
-    def _generate(self) -> tuple[list[Tensor], list[np.ndarray]]:
+    def generate(self) -> tuple[list[Tensor], list[np.ndarray]]:
         """(final latents, pictures) of all prompts."""
         latents: list[Tensor] = []
         pictures: list[np.ndarray] = []
-        for prompts in batches(self.options.prompts, 1):
-            (made,) = make(self.pipe, self.options.source, prompts, self.options.call or {})
-            latents.append(made.latents[-1])
-            pictures += made.pictures
+        for prompts in batches(self.options.prompts, self.options.batch):
+            for made in make(self.pipe, self.options.source, prompts, self.options.call or {}):
+                latents.append(made.latents[-1])
+                pictures += made.pictures
         return latents, pictures
 
-    def _psnr(self, pictures: Sequence[np.ndarray]) -> float:
+    def psnr(self, pictures: Sequence[np.ndarray]) -> float:
+        """Median PSNR in dB of pictures of all prompts against bf16."""
         return median(psnr(wanted, found) for wanted, found in zip(self.reference[1], pictures, strict=True))
 
 
@@ -190,7 +201,8 @@ def group_of(name: str, by: str) -> str:
     return f"{owner}*.{inner}" if by == "kind" else f"{owner}{index}"
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Relative L2 error."""
     return float((found - wanted).norm() / wanted.norm())
 
 

@@ -67,10 +67,10 @@ def _places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, f
 
 
 def _ground(generator: np.random.Generator) -> np.ndarray:
-    """[128, 128, 3] uint8, grey: plain, shaded, striped, checked or grained."""
+    """[128, 128, 3] uint8, grey: plain, shaded, striped or checked."""
     base, contrast = generator.uniform(70, 190), generator.uniform(8, 28)
     rows, columns = np.indices((SIDE, SIDE))
-    kind = generator.integers(5)
+    kind = generator.integers(4)
     if kind == 0:
         pattern = np.zeros((SIDE, SIDE))
     elif kind == 1:
@@ -78,11 +78,8 @@ def _ground(generator: np.random.Generator) -> np.ndarray:
         pattern = (np.cos(angle) * rows + np.sin(angle) * columns) / SIDE
     elif kind == 2:
         pattern = np.sign(np.sin((rows if generator.random() < 0.5 else columns) * 2 * np.pi / generator.integers(8, 25)))
-    elif kind == 3:
+    else:
         width = int(generator.integers(6, 17))
         pattern = np.where((rows // width + columns // width) % 2, 1.0, -1.0)
-    else:
-        coarse = generator.normal(0, 0.7, (32, 32))
-        pattern = coarse.repeat(4, axis=0).repeat(4, axis=1)
     grey = np.clip(base + contrast * pattern, 0, 255).astype(np.uint8)
     return np.stack([grey] * 3, axis=-1)

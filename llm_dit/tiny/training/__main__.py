@@ -33,6 +33,7 @@ def train(
     vae_batch: Annotated[int, typer.Option(min=1)] = 64,
     batch: Annotated[int, typer.Option(min=1)] = 512,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer's blocks.")] = True,
+    capture: Annotated[bool, typer.Option(help="Replay steps as a CUDA graph, where the model allows it.")] = True,
 ) -> None:
     """Trains one of the tiny models that are shipped."""
     drawn = draw_all(folder / "scenes", scenes)
@@ -47,17 +48,22 @@ def train(
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
             model.to(device)
-    train_autoencoder(course, pipe.vae, drawn, Budget(vae_minutes, 1.5e-3), folder / f"{name}-vae.safetensors", vae_batch)
+    captured = capture and course.captures
+    pictures = drawn.on(device)
+    train_autoencoder(
+        course, pipe.vae, pictures, Budget(vae_minutes, 1.5e-3, captured), folder / f"{name}-vae.safetensors", vae_batch
+    )
     pipe.vae.eval()
-    latents = course.set_statistics(pipe.vae, encode_all(course, pipe.vae, drawn, device))
+    latents = course.set_statistics(pipe.vae, encode_all(course, pipe.vae, pictures))
     share = reconstruction_score(course, pipe.vae, 200, device)
     typer.echo(f"{name}: {share:.1%} of 200 reconstructed scenes are read right")
     with torch.inference_mode():
         clean = torch.cat([course.clean(pipe.vae, part).bfloat16() for part in latents.split(4096)])
     clean = clean.clone()
+    del pictures, latents
     if compile_blocks:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    train_denoiser(course, pipe, clean, drawn.captions, Budget(minutes, 2e-3), folder / f"{name}.safetensors", batch)
+    train_denoiser(course, pipe, clean, drawn.captions, Budget(minutes, 2e-3, captured), folder / f"{name}.safetensors", batch)
     save(course, pipe, output or folder)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,19 +26,15 @@ class Drawn:
     pictures: np.ndarray
     captions: list[str]
 
-    def batches(self, size: int, device: torch.device) -> Iterator[Tensor]:
-        """All pictures in order, as [B, 3, 128, 128] float32 in -1..1."""
-        for start in range(0, len(self.pictures), size):
-            yield to_tensor(self.pictures[start : start + size], device)
-
-    def random(self, size: int, generator: np.random.Generator, device: torch.device) -> Tensor:
-        """Any pictures, likewise."""
-        return to_tensor(self.pictures[np.sort(generator.integers(len(self.pictures), size=size))], device)
+    def on(self, device: torch.device) -> Tensor:
+        """All pictures [N, 128, 128, 3] uint8 on a device, 6.4 GB for 131,072."""
+        parts = (torch.from_numpy(np.array(self.pictures[start : start + 4096])) for start in range(0, len(self.pictures), 4096))
+        return torch.cat([part.to(device) for part in parts])
 
 
-def to_tensor(pictures: np.ndarray, device: torch.device) -> Tensor:
+def to_float(pictures: Tensor) -> Tensor:
     """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def draw_all(folder: Path, count: int) -> Drawn:

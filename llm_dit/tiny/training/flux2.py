@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,13 +81,20 @@ class KleinCourse(Course):
             input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
         ).hidden_states
         prompt = torch.cat([states[layer] for layer in LAYERS], dim=-1)
-        side = int(noisy.shape[1] ** 0.5)
-        grid = torch.zeros(1, 1, side, side, device=noisy.device)
+        picture_ids, prompt_ids = _ids(int(noisy.shape[1] ** 0.5), prompt.shape[1], noisy.device)
         return pipe.transformer(
             hidden_states=noisy,
             encoder_hidden_states=prompt.to(noisy.dtype),
             timestep=sigma,
-            img_ids=Flux2KleinPipeline._prepare_latent_ids(grid).to(noisy.device),
-            txt_ids=Flux2KleinPipeline._prepare_text_ids(prompt[:1]).to(noisy.device),
+            img_ids=picture_ids,
+            txt_ids=prompt_ids,
             return_dict=False,
         )[0]
+
+
+@cache
+def _ids(side: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions [1, tokens, 4] of a square picture's tokens, and of a prompt's."""
+    grid, prompt = torch.zeros(1, 1, side, side), torch.zeros(1, length, 1)
+    ids = Flux2KleinPipeline._prepare_latent_ids(grid), Flux2KleinPipeline._prepare_text_ids(prompt)
+    return ids[0].to(device), ids[1].to(device)

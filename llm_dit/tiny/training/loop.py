@@ -29,11 +29,14 @@ class Budget:
     Attributes:
         minutes: of training, summed over interruptions; the schedule follows the time.
         rate: the highest learning rate of AdamW.
+        captured: on a GPU, one step is captured in a CUDA graph and replayed: it is a thousand small kernels. The loss must
+            then neither wait for the GPU nor copy from the host.
         average: weight of the past in the averaged weights.
     """
 
     minutes: float
     rate: float
+    captured: bool = True
     average: float = 0.999
 
 
@@ -57,7 +60,11 @@ class Run:
         self.steps, self.seconds = 0, 0.0
         if checkpoint.is_file():
             self._resume()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=budget.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self.rate = torch.tensor(0.0, device=self.device)
+        capturable = {"capturable": True} if self.device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True, **capturable
+        )
         for index, parameter in enumerate(self.parameters):
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.steps), device=self.device),
@@ -69,13 +76,16 @@ class Run:
         """Calls `loss_of` and follows its gradient until the time is up."""
         end = self.budget.minutes * 60
         saved = started = time.perf_counter() - self.seconds
+        step = self._captured(loss_of) if self.budget.captured and self.device.type == "cuda" else lambda: self._step(loss_of)
         with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
             while self.seconds < end:
-                loss = self._step(loss_of)
-                self.seconds = time.perf_counter() - started
-                if self.steps % 100 == 0:
-                    bar.set_postfix(steps=self.steps, loss=f"{loss.item():.4f}")
+                self.rate.fill_(self._scheduled(self.seconds / end))
+                loss = step()
+                self.steps += 1
+                if self.steps % 50 == 0:
+                    bar.set_postfix(steps=self.steps, loss=f"{loss.item():.4f}")  # waits, so that the clock is right
                     bar.update(min(round(self.seconds), round(end)) - bar.n)
+                self.seconds = time.perf_counter() - started
                 if time.perf_counter() - saved > _EVERY_S:
                     self._save()
                     saved = time.perf_counter()
@@ -83,22 +93,39 @@ class Run:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.averaged)
 
+    def _scheduled(self, done: float) -> float:
+        return self.budget.rate * max(0.0, min(1.0, (self.steps + 1) / _WARM_UP, (1 - done) / _DECAY))
+
     def _step(self, loss_of: Callable[[], Tensor]) -> Tensor:
-        done = self.seconds / (self.budget.minutes * 60)
-        rate = self.budget.rate * min(1.0, (self.steps + 1) / _WARM_UP, (1 - done) / _DECAY)
-        for group in self.optimizer.param_groups:
-            group["lr"] = max(rate, 0.0)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        self.optimizer.zero_grad(set_to_none=True)
+        # Without the cache of cast weights, which would outlive a graph.
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        weight = min(self.budget.average, self.steps / (self.steps + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - weight)
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - self.budget.average)
         return loss.detach()
+
+    def _captured(self, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A step as a CUDA graph, after a few that compile and allocate; their rate is 0, so they train nothing."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step(loss_of)
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._step(loss_of)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
 
     def _save(self) -> None:
         tensors = {f"{kind}.{i}": tensor.detach() for kind, each in self._state().items() for i, tensor in enumerate(each)}

@@ -33,6 +33,8 @@ class QwenImageCourse(Course):
         "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     )
 
+    captures = False  # the transformer copies the caption's length to the GPU at every call
+
     def build(self) -> DiffusionPipeline:
         return QwenImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),

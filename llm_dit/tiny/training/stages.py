@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from .. import scenes
 from .course import Course
-from .data import Drawn, to_tensor
+from .data import to_float
 from .loop import Budget, Run
 
-KL_WEIGHT: Final = 5e-4
+KL_WEIGHT: Final = 3e-4
 """Of the divergence from the prior, a latent, beside the mean absolute error of a channel in -1..1."""
 UNGUIDED: Final = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""
@@ -24,28 +24,26 @@ SHIFT: Final = 2.0
 """Of the sigmas that are trained: noisier ones are trained more, and the scheduler shifts likewise."""
 
 
-def train_autoencoder(course: Course, vae: Any, drawn: Drawn, budget: Budget, checkpoint: Path, batch: int) -> None:
-    """Mean absolute error and KL divergence on random scenes."""
+def train_autoencoder(course: Course, vae: Any, pictures: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:
+    """Mean absolute error and KL divergence on pictures [N, 128, 128, 3] uint8."""
     run = Run([vae], budget, checkpoint)
-    generator = np.random.default_rng(run.steps)
 
     def loss() -> Tensor:
-        pictures = drawn.random(batch, generator, run.device)
-        mean, logvar = course.posterior(vae, pictures)
+        wanted = to_float(pictures[torch.randint(len(pictures), (batch,), device=run.device)])
+        mean, logvar = course.posterior(vae, wanted)
         mean, logvar = mean.float(), logvar.float()
         found = course.decoded(vae, mean + torch.randn_like(mean) * (0.5 * logvar).exp())
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return functional.l1_loss(found.float(), pictures) + KL_WEIGHT * divergence
+        return functional.l1_loss(found.float(), wanted) + KL_WEIGHT * divergence
 
     run.train(loss, f"{course.name}: autoencoder")
 
 
 @torch.inference_mode()
-def encode_all(course: Course, vae: Any, drawn: Drawn, device: torch.device, batch: int = 256) -> Tensor:
-    """Mean latents [N, C, h, w] of all pictures, float32 on `device`."""
-    number = -(-len(drawn.pictures) // batch)
-    batches = tqdm(drawn.batches(batch, device), f"{course.name}: encoding", number, unit="batch", delay=2)
-    return torch.cat([course.posterior(vae, pictures)[0].float() for pictures in batches]).clone()
+def encode_all(course: Course, vae: Any, pictures: Tensor, batch: int = 512) -> Tensor:
+    """Mean latents [N, C, h, w], float32, of pictures [N, 128, 128, 3] uint8."""
+    parts = tqdm(pictures.split(batch), f"{course.name}: encoding", unit="batch", delay=2)
+    return torch.cat([course.posterior(vae, to_float(part))[0].float() for part in parts]).clone()
 
 
 @torch.inference_mode()
@@ -53,8 +51,8 @@ def reconstruction_score(course: Course, vae: Any, count: int, device: torch.dev
     """The share of scenes that are read right off their reconstructions."""
     generator = np.random.default_rng(7)
     wanted = [scenes.sample(generator) for _ in range(count)]
-    pictures = to_tensor(np.stack([scenes.draw(scene, generator) for scene in wanted]), device)
-    found = course.decoded(vae, course.posterior(vae, pictures)[0])
+    pictures = torch.from_numpy(np.stack([scenes.draw(scene, generator) for scene in wanted])).to(device)
+    found = course.decoded(vae, course.posterior(vae, to_float(pictures))[0])
     values = ((found.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return sum(scenes.score(picture, scene.caption).whole for picture, scene in zip(values, wanted, strict=True)) / count
 

@@ -86,7 +86,9 @@ class ZImageCourse(Course):
     def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The transformer's forward takes lists and pads each caption by itself; all of a length, they are a batch."""
         model = pipe.transformer
-        states = pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        states = pipe.text_encoder(
+            input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states[-2]
         batch, channels, height, width = noisy.shape
         patches = noisy.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shared = model.t_embedder((1 - sigma) * model.t_scale).to(noisy.dtype)
