@@ -44,7 +44,7 @@ def test_groups_are_all_layers(trial, rows, tiny):
 
 def test_the_model_is_put_back(trial, rows):
     assert rows
-    latents, pictures = trial._generate()
+    latents, pictures = trial.generate()
     assert all(np.array_equal(one, other) for one, other in zip(pictures, trial.reference[1], strict=True))
     assert all((one == other).all() for one, other in zip(latents, trial.reference[0], strict=True))
 
