@@ -203,8 +203,8 @@ def sensitivity(
     from dataclasses import asdict
 
     from .bench import sensitivity as bench
-    from .bench.results import write_text
     from .quantization.report import format_bytes
+    from .writing import write_text
 
     asked = _asked(captions, prompts)
     trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output))
