@@ -82,9 +82,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="out.png, or out.mp4 for LTX-2; with --prompts a folder, out.")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A list: a prompt a line, or JSON lines; shared out by torchrun.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A list: a prompt a line, or JSON lines; shared out by torchrun.")] = None,
     quantization: Quantization = None,
     quantization_transformer: ForTransformer = None,
     quantization_encoder: ForEncoder = None,

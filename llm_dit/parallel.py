@@ -10,7 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from .families.base import Family
 from .graphs import GraphedForward
 from .names import CONTEXT_PARALLEL, check_name
 from .splitting import Keywords, Share, Splitting
@@ -33,7 +34,7 @@ RING_BACKEND: Final = "_native_cudnn"
 class ParallelMixin(DiffusionPipeline):
     """Before a diffusers pipeline in the bases."""
 
-    family: Any
+    family: ClassVar[Family]
 
     def enable_context_parallel(self, kind: str = "ulysses") -> None:
         """Splits the transformer's sequence between all processes of the default process group.
@@ -47,21 +48,25 @@ class ParallelMixin(DiffusionPipeline):
         Raises:
             ValueError: for a transformer, a number of processes or an attention backend with which it cannot work, saying why.
         """
-        check_name(kind, CONTEXT_PARALLEL, "kind of context parallelism")
-        transformer = getattr(self, "transformer", None)
-        splitting = self.family.splitting.get(type(transformer).__name__)
-        if splitting is None:
-            raise ValueError(f"{type(self).__name__} has no transformer that can be split between GPUs: run it on one")
         if getattr(self, "controlnet", None) is not None:
             raise ValueError(f"{type(self).__name__} adds a ControlNet's outputs, which are not split: run it on one GPU")
-        count = dist.get_world_size() if dist.is_initialized() else 1
-        if count < 2:
-            raise ValueError(ALONE)
-        # Not the transformer's: an offloaded one lies on the CPU between its calls.
-        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
-        share = Share(count, dist.get_rank(), kind == "ring")
-        _check(transformer, share, device)
-        _split(transformer, splitting, share, device)
+        split_transformer(getattr(self, "transformer", None), self.family, kind)
+
+
+def split_transformer(transformer: Any, family: Family, kind: str) -> None:
+    """`enable_context_parallel` for a transformer without a pipeline."""
+    check_name(kind, CONTEXT_PARALLEL, "kind of context parallelism")
+    splitting = family.splitting.get(type(transformer).__name__)
+    if splitting is None:
+        raise ValueError(f"this {family.title} pipeline has no transformer that can be split between GPUs: run it on one")
+    count = dist.get_world_size() if dist.is_initialized() else 1
+    if count < 2:
+        raise ValueError(ALONE)
+    # Not the transformer's: an offloaded one lies on the CPU between its calls.
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    share = Share(count, dist.get_rank(), kind == "ring")
+    _check(transformer, share, device)
+    _split(transformer, splitting, share, device)
 
 
 def _check(transformer: Any, share: Share, device: torch.device) -> None:
@@ -86,8 +91,7 @@ def _split(transformer: Any, splitting: Splitting, share: Share, device: torch.d
 
     That one asks for an accelerator, and numbers devices by the rank among all hosts.
     """
-    if share.ring and _backend(transformer) == "native":
-        transformer.set_attention_backend(RING_BACKEND)
+    ring_backend = RING_BACKEND if share.ring and _backend(transformer) == "native" else None
     degree: dict[str, Any] = {"ring_degree" if share.ring else "ulysses_degree": share.count}
     config = ContextParallelConfig(**degree)
     mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
@@ -97,6 +101,8 @@ def _split(transformer: Any, splitting: Splitting, share: Share, device: torch.d
     for module in transformer.modules():
         if hasattr(getattr(module, "processor", None), "_parallel_config"):
             module.processor._parallel_config = parallel
+            # Here and not by `set_attention_backend`, which sets it for every model of the process too.
+            module.processor._attention_backend = ring_backend or module.processor._attention_backend
     _prepare(transformer, splitting.prepare, share)
     if splitting.prepare_block is not None:
         for block in transformer.transformer_blocks:

@@ -219,12 +219,14 @@ class Ran:
     failed: Mapping[int, str] = field(default_factory=dict)
 
 
-def run_prompts(prompts: Sequence[Prompt], options: GenerateOptions, shown: bool | None = None) -> Ran:
+def run_prompts(
+    prompts: Sequence[Prompt], options: GenerateOptions, ready: Callable[[QuantizablePipelineMixin], None] = lambda pipe: None
+) -> Ran:
     """Generates a list, alone or together with other processes that were given the same arguments.
 
     Args:
         options: of every prompt; `output` is the folder, `prompt` is not read, `seed` is that of the first.
-        shown: whether to show the progress of the whole list; by default process 0 does.
+        ready: is called with the loaded pipeline before the first prompt.
 
     Raises:
         ValueError: before anything is loaded, if the folder holds results of another request.
@@ -237,8 +239,9 @@ def run_prompts(prompts: Sequence[Prompt], options: GenerateOptions, shown: bool
     pipe = load(options)
     pipe.set_progress_bar_config(disable=True)
     loaded = time.perf_counter() - start
+    ready(pipe)
     made = 0
-    with _progress(len(folder.tasks), rank() == 0 if shown is None else shown) as advance:
+    with _progress(len(folder.tasks), shown=rank() == 0) as advance:
         while left := folder.open_tasks():
             advance(len(folder.tasks) - len(left))
             with folder.take() as task:
