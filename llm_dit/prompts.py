@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,13 +40,13 @@ class Prompt(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field(min_length=1)
+    prompt: Annotated[str, Field(min_length=1)]
     negative_prompt: str | None = None
     seed: int | None = None
-    height: int | None = Field(None, ge=1)
-    width: int | None = Field(None, ge=1)
-    frames: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
+    height: Annotated[int | None, Field(ge=1)] = None
+    width: Annotated[int | None, Field(ge=1)] = None
+    frames: Annotated[int | None, Field(ge=1)] = None
+    steps: Annotated[int | None, Field(ge=1)] = None
     guidance: float | None = None
 
 

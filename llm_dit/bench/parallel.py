@@ -141,7 +141,7 @@ def run(cases: Sequence[Case], options: Options) -> Iterator[Row]:
     if splits:
         rows = _launched(splits[0].gpus, {"split": [asdict(case) for case in splits]}, options)
         for case in splits:
-            yield _told(case, next(rows, {"error": "not measured"}))
+            yield _told(case, next(rows, {"error": "the processes ended before it"}))
     for case in cases:
         if case.what == SHARED:
             try:
@@ -159,9 +159,9 @@ def _launched(processes: int, specification: Mapping[str, Any], options: Options
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ("torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1")
+    where = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+    launcher = ("torch.distributed.run", "--nproc-per-node", str(processes), *where, "-m")
     whole = {**specification, "options": {**asdict(options), "folder": str(options.folder)}}
-    launcher = (*launcher, "--master-port", str(port), "-m")
     for message in messages("llm_dit.bench.parallel", whole, options.timeout_s, launcher):
         yield message.value if message.kind == ROW else {"error": message.value}
         if message.kind != ROW:
@@ -242,10 +242,11 @@ def _split_rows(cases: Sequence[Case], options: Options) -> Iterator[Row]:
             if key not in alone:
                 alone[key] = _alone(work, case) if dist.get_rank() == 0 else {}
                 dist.all_reduce(torch.zeros(1))  # on the host, where waiting costs nothing
-            model = work.build(case)
-            split_transformer(model, get_family(work.geometry.family), case.how)
-            timing, latents = work.step(model, case)
-            del model
+            try:
+                timing, latents = _together(work, case)
+            except (RuntimeError, ValueError) as error:  # in all processes alike: the cases after it can be measured
+                yield {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                continue
             if dist.get_rank() == 0:
                 one = alone[key]
                 yield {
@@ -258,6 +259,13 @@ def _split_rows(cases: Sequence[Case], options: Options) -> Iterator[Row]:
                     "one_peak_gib": one["peak_gib"],
                     "peak_gib": timing.peak_gib,
                 }
+
+
+def _together(work: _Split, case: Case) -> tuple[Timing, Tensor]:
+    """A step of all processes, each with its part."""
+    model = work.build(case)
+    split_transformer(model, get_family(work.geometry.family), case.how)
+    return work.step(model, case)
 
 
 def _alone(work: _Split, case: Case) -> Row:

@@ -1,8 +1,8 @@
 """A soak: many generations on a tiny pipeline through compiling, swapping LoRAs and switching offloading; is memory flat?
 
-Flat means that the trend of the last three quarters, over all of them, stays under an allowance: the first quarter compiles, fills
-caches and lets allocators find their size. The trend is the median of all slopes between two samples (Theil-Sen), which a single
-step does not move. Samples are taken once a cycle of the same acts, and nothing is collected or emptied for them.
+Flat means that the trend of the last three quarters, over all of them, stays under an allowance: the first quarter compiles,
+fills caches and lets allocators find their size. The trend is the median of all slopes between two samples (Theil-Sen), which a
+single step does not move. Samples are taken once a cycle of the same acts, and nothing is collected or emptied for them.
 """
 
 from __future__ import annotations
