@@ -136,7 +136,9 @@ def _backend(transformer: Any) -> str:
     """The attention backend of the transformer."""
     processors = (getattr(module, "processor", None) for module in transformer.modules())
     set_here = (getattr(processor, "_attention_backend", None) for processor in processors)
-    return next((str(name) for name in set_here if name), _AttentionBackendRegistry.get_active_backend()[0].value)
+    return next(
+        (AttentionBackendName(name).value for name in set_here if name), _AttentionBackendRegistry.get_active_backend()[0].value
+    )
 
 
 def rank() -> int:

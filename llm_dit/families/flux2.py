@@ -114,7 +114,7 @@ def _official_name(name: str) -> OfficialName:
 
 
 def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
-    share.refuse(keywords, "kv_cache")
+    share.refuse(keywords, "kv_cache", "kv_cache_mode")
     share.check(keywords["hidden_states"].shape[1], "image", f"give height and width that are multiples of {16 * share.count}")
     share.check(keywords["encoder_hidden_states"].shape[1], "text", "give a max_sequence_length that can be")
     return {}

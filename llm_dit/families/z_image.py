@@ -59,14 +59,16 @@ def _official_name(name: str) -> OfficialName:
 
 
 def _split_plan(transformer: Any) -> Mapping[str, Any]:
-    """diffusers has none for this class: each of three stacks of blocks is split before its first and gathered after its last."""
+    """diffusers has none for this class: each of three stacks of blocks is split before its first and gathered after its last.
+
+    Masks stay whole: after the exchange of heads every process has the whole sequence, in its order.
+    """
     plan: dict[str, Any] = {}
     for stack in ("noise_refiner", "context_refiner", "layers"):
         blocks = getattr(transformer, stack)
         if len(blocks):
             plan[f"{stack}.0"] = {"x": ContextParallelInput(1, 3)}
-            # The mask is split in each block, and only there: None is passed on.
-            plan[f"{stack}.*"] = {"attn_mask": ContextParallelInput(1, 2), "freqs_cis": ContextParallelInput(1, 3)}
+            plan[f"{stack}.*"] = {"freqs_cis": ContextParallelInput(1, 3)}
             plan[f"{stack}.{len(blocks) - 1}"] = ContextParallelOutput(1, 3)
     return plan
 
