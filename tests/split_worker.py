@@ -23,7 +23,6 @@ def embeds(*lengths):
 
 CASES = {
     "flux2-klein": ("flux2-klein", {}, {}),
-    "klein, a region": ("flux2-klein-inpaint", {}, {}),
     "klein with cached references": ("flux2-klein-kv", {}, {}),
     "qwen-image, a text of odd length": ("qwen-image", {}, {"prompt": "abc"}),
     "qwen-image, a text of even length": ("qwen-image", {}, {"prompt": "ab"}),
@@ -35,7 +34,6 @@ CASES = {
     "ltx2.3 in int8": ("ltx2.3", {"quantization": "int8"}, {}),
     "ltx2, a first frame": ("ltx2-image-to-video", {}, {}),
     "ltx2.3, frames at chosen times": ("ltx2-condition", {}, {}),
-    "ltx2, a reference clip": ("ltx2-in-context", {}, {}),
     "z-image in int8, compiled": ("z-image", {"quantization": "int8", "compile": True}, {}),
 }
 
