@@ -164,7 +164,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError(ALONE)
-    use_own_device()
+    if device.type == "cuda":
+        use_own_device()
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield

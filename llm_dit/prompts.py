@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r} of prompts")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` also breaks where a prompt may not end
     except UnicodeDecodeError:
         raise ValueError(f"{str(path)!r} is no text in UTF-8: write one prompt a line") from None
     found = tuple(_parsed(line.strip(), f"{path.name}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
@@ -162,10 +162,10 @@ class Folder:
     def rows(self) -> dict[int, Row]:
         """The manifest, by number."""
         try:
-            lines = (self.path / MANIFEST).read_text(encoding="utf-8").splitlines()
+            lines = (self.path / MANIFEST).read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
             return {}
-        return {row["number"]: row for row in map(json.loads, lines)}
+        return {row["number"]: row for row in map(json.loads, filter(None, lines))}
 
     def open_tasks(self) -> list[Task]:
         """Those without a result. What failed in another process of this run counts as settled; a later run tries it again."""
@@ -234,7 +234,8 @@ def run_prompts(
     folder = Folder(options.output, tasks_of(prompts, options))
     if not folder.open_tasks():
         return Ran(None)
-    use_own_device()
+    if not options.device.startswith("cpu"):
+        use_own_device()
     start = time.perf_counter()
     pipe = load(options)
     pipe.set_progress_bar_config(disable=True)
@@ -252,7 +253,8 @@ def run_prompts(
                 folder.record(row)
                 made += "error" not in row
         advance(len(folder.tasks))
-    failed = {number: row["error"] for number, row in folder.rows().items() if "error" in row}
+    rows = folder.rows()
+    failed = {task.number: rows[task.number]["error"] for task in folder.tasks if "error" in rows[task.number]}
     return Ran(pipe, made, loaded, failed)
 
 

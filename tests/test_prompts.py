@@ -70,6 +70,16 @@ def test_done_is_done(whole, tiny, prompts):
     assert (whole / MANIFEST).read_bytes() == before
 
 
+def test_a_prompt_may_hold_what_looks_like_the_end_of_a_line(tmp_path, tiny):
+    (tmp_path / "list.txt").write_text("\ufeffone\u2028half\r\nanother", encoding="utf-8")
+    prompts = read_prompts(tmp_path / "list.txt")
+    assert [line.prompt for line in prompts] == ["one\u2028half", "another"]
+    folder = Folder(tmp_path, tasks_of(prompts, options(tiny, tmp_path)))
+    folder.record({**folder.tasks[0].asked, "ended": 0.0})
+    folder.record({**folder.tasks[1].asked, "ended": 0.0})
+    assert [row["prompt"] for row in folder.rows().values()] == ["one\u2028half", "another"]
+
+
 def test_another_request_is_refused(whole, tiny, prompts):
     for others, what in (({}, "load"), ({"load": {"quantization": "int8"}, "seed": 6}, "seed")):
         with pytest.raises(ValueError, match=f"whose prompt 1 has another {what}: give another folder"):

@@ -96,9 +96,9 @@ class _Pipelines:
         self.cuda = torch.cuda.is_available()
         self.name = case.pipeline
         load = partial(load_pipeline, folder, quantization=case.method, torch_dtype=torch.bfloat16)
-        place = {"device_map": "cuda"} if self.cuda else {}
-        self.compiled, self.plain = load(compile=True, **place), load(**place)
+        self.compiled, self.plain = load(compile=True), load()
         for pipe in (self.compiled, self.plain):
+            pipe.to("cuda" if self.cuda else "cpu")
             pipe.set_progress_bar_config(disable=True)
         self.loras = [_lora(self.plain.transformer, seed) for seed in (0, 1)]
         self.compiled.enable_lora_hotswap(target_rank=RANK)
