@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -265,6 +266,8 @@ def _generated(pipe: QuantizablePipelineMixin, task: Task) -> Row:
     try:
         call = call_arguments(pipe, task.options)
         write_output(task.options.output, pipe(**call), pipe, call)
+    except torch.AcceleratorError:  # the device is lost to this process, and every prompt after would fail too
+        raise
     except Exception as error:  # one prompt's failure is not that of the list; it is told at the end
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
     return {**row, "seconds": round(time.perf_counter() - start, 3), "rank": rank(), "ended": time.time()}
