@@ -16,7 +16,7 @@ from PIL import Image
 
 from .load import load_pipeline, pipeline_class_of
 from .mixin import QuantizablePipelineMixin
-from .names import check_name, nearest
+from .names import CONTEXT_PARALLEL, check_name, nearest
 from .parallel import process_group, rank
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ def generate(options: GenerateOptions) -> Generated:
         ValueError: for an argument that the pipeline does not take, or an output of the wrong kind.
     """
     check_name(options.offload, OFFLOADS, "offload")
+    if options.context_parallel:
+        check_name(options.context_parallel, CONTEXT_PARALLEL, "kind of context parallelism")
     check_output(options.output, pipeline_class_of(options.model).family.generation.video)
     with process_group(torch.device(_device(options))) if options.context_parallel else nullcontext():
         return _generate(options)

@@ -52,7 +52,7 @@ def tokens_of(pipe, name, call):
 
 def main(kind, output, folders):
     """Writes, by case: the error against one process, and the lengths of sequences alone and split."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.device_count() > 1 else "cpu")
     found = {}
     with process_group(device):
         place = {"device_map": "cuda"} if device.type == "cuda" else {}
