@@ -44,6 +44,8 @@ SHARED: Final = "prompts"
 OTHER_ATTENTION: Final[Mapping[str, str]] = {"cuda": "_native_flash", "cpu": "_native_math"}
 """By device, attention with other roundings than the default's: what two right answers differ by."""
 PIXELS_A_TOKEN: Final = 16
+SPLIT_GEOMETRIES: Final = ("qwen-image", "klein-9b", "klein-4b", "tiny-qwen-image", "tiny-klein")
+"""Those whose latents are one sequence of tokens, as `_Split.denoised` steps through them."""
 COLUMNS: Final[Columns] = (
     ("what", ""),
     ("geometry", ""),
@@ -120,8 +122,8 @@ def plan(geometry: str, pipeline: str, method: str, gpus: int, pixels: int, coun
     geometry = geometry or ("qwen-image" if cuda else "tiny-qwen-image")
     pipeline = pipeline or ("klein-4b" if cuda else "tiny-z-image")
     method = check_name(method or ("fp8-dynamic" if cuda else "int8"), VALID_METHODS, "method")
-    for name in (geometry, pipeline):
-        check_name(name, tuple(GEOMETRIES), "geometry")
+    check_name(geometry, SPLIT_GEOMETRIES, "geometry (split)")
+    check_name(pipeline, tuple(GEOMETRIES), "geometry")
     gpus = gpus or (torch.cuda.device_count() if cuda else 2)
     if gpus < 2 or (cuda and gpus > torch.cuda.device_count()):
         raise ValueError(f"--gpus {gpus} compares nothing, or more than there is: there are {torch.cuda.device_count()} GPUs")
