@@ -8,13 +8,16 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
 
 from .cli_bench import bench_app
 from .terminal import METHODS_HELP, console, print_plain
+
+if TYPE_CHECKING:
+    from .generate import GenerateOptions
 
 app = typer.Typer(
     name="llm-dit",
@@ -74,9 +77,12 @@ def _load_keywords(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
     model: Model = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="out.png, or out.mp4 for LTX-2.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="out.png, or out.mp4 for LTX-2; with --prompts a folder, out.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A list: a prompt a line, or JSON lines; shared out by torchrun.")] = None,
     quantization: Quantization = None,
     quantization_transformer: ForTransformer = None,
     quantization_encoder: ForEncoder = None,
@@ -99,12 +105,19 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cuda or cpu; the first there is by default.")] = "",
     offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
+    context_parallel: Annotated[
+        str, typer.Option(help="ulysses or ring: one picture on the GPUs of all processes that torchrun starts.")
+    ] = "",
 ) -> None:
-    """Generate an image or a clip."""
+    """Generate an image or a clip, or a list of them."""
     from .families import get_family
     from .generate import GenerateOptions
-    from .generate import generate as run
     from .load import pipeline_class_of
+
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give a prompt, or --prompts FILE, one of the two")
+    if prompts and context_parallel:
+        raise ValueError("--prompts gives each GPU prompts of its own and --context-parallel parts of one picture: leave one out")
 
     family = get_family(context.obj) if context.obj else None
     source = model or (family.published[0].repo_id if family else "")
@@ -134,10 +147,41 @@ def generate(
         "num_frames": frames,
         "num_inference_steps": steps,
     }
-    target = output or Path("out.mp4" if found.generation.video else "out.png")
-    result = run(GenerateOptions(source, prompt, target, load, call, guidance, seed, device, offload))
+    target = output or Path("out" if prompts else "out.mp4" if found.generation.video else "out.png")
+    options = GenerateOptions(source, prompt or "", target, load, call, guidance, seed, device, offload, context_parallel)
+    if prompts:
+        _generate_list(prompts, options)
+    else:
+        _generate_one(options)
+
+
+def _generate_one(options: GenerateOptions) -> None:
+    from .generate import generate as run
+    from .parallel import rank
+
+    result = run(options)
+    if options.context_parallel and rank():
+        return
     print_plain(str(result.pipe.quantization_report))
     console.print(f"{result.output}: loaded in {result.load_seconds:.1f} s, made in {result.generate_seconds:.1f} s")
+
+
+def _generate_list(prompts: Path, options: GenerateOptions) -> None:
+    from .parallel import rank
+    from .prompts import read_prompts, run_prompts
+
+    asked = read_prompts(prompts)
+    ran = run_prompts(asked, options)
+    if rank():
+        return
+    if ran.pipe is not None:
+        print_plain(str(ran.pipe.quantization_report))
+    print_plain(
+        f"{options.output}: {len(asked) - len(ran.failed)} of {len(asked)} prompts done, {ran.made} of them by this process"
+    )
+    if ran.failed:
+        number, error = next(iter(ran.failed.items()))
+        raise RuntimeError(f"{len(ran.failed)} prompts failed, the first of them number {number}: {error}")
 
 
 @app.command()

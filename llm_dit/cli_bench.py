@@ -206,8 +206,8 @@ def sensitivity(
     from dataclasses import asdict
 
     from .bench import sensitivity as bench
-    from .bench.results import write_text
     from .quantization.report import format_bytes
+    from .writing import write_text
 
     asked = _asked(captions, prompts)
     trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output, batch))
@@ -237,10 +237,55 @@ def int4_grids(
 ) -> None:
     """Ways to choose int4 values, compared on pictures: group sizes, symmetry, clipping, HQQ, a low-rank correction."""
     from .bench import int4_grids as bench
-    from .bench.results import write_text
     from .bench.sensitivity import Options, Sensitivity
+    from .writing import write_text
 
     rows = list(bench.compare(Sensitivity(Options(source, "int4", _asked(captions, None), batch=batch))))
     if output:
         write_text(output, json.dumps(rows, indent=2) + "\n")
     print_plain(bench.table(rows))
+
+
+@bench_app.command()
+def parallel(
+    geometry: Annotated[str, typer.Option(help="The transformer that is split: qwen-image, tiny-qwen-image ...")] = "",
+    pipeline: Annotated[str, typer.Option(help="The pipeline that a list goes through: klein-4b, tiny-z-image ...")] = "",
+    method: Annotated[str, typer.Option(help=f"Method of the transformer: {METHODS_HELP}.")] = "",
+    gpus: Annotated[int, typer.Option(min=0, help="Processes, a GPU each; all GPUs.")] = 0,
+    pixels: Annotated[int, typer.Option(min=0, help="Side of the picture that is split.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Prompts of the list.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a prompt.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the pipeline lies; kept between runs.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds without a result after which processes are given up.")] = 600,
+) -> None:
+    """Several GPUs against one: a large picture split between them, and a list of prompts shared out."""
+    import tempfile
+
+    from .bench.parallel import Options, plan
+    from .bench.results import report
+
+    options = Options(folder or Path(tempfile.gettempdir()) / "llm-dit-bench", timeout_s=timeout)
+    report(plan(geometry, pipeline, method, gpus, pixels, count, steps, options), print_plain, output, table, None, again)
+
+
+@bench_app.command()
+def soak(
+    pipeline: Annotated[list[str] | None, typer.Option(help="A tiny pipeline: z-image, flux2-klein ...; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}; repeatable.")] = None,
+    generations: Annotated[int, typer.Option(min=1, help="Generations of each.")] = 200,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a soak is given up.")] = 1800,
+) -> None:
+    """Is memory flat over many generations, through compiling, LoRA swaps and offloading?"""
+    from .bench.results import report
+    from .bench.soak import plan
+
+    report(plan(pipeline or ["z-image"], method or ["int8"], generations, timeout), print_plain, output, None, None, again)

@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,8 @@ from PIL import Image
 from .load import load_pipeline, pipeline_class_of
 from .loader import read_json
 from .mixin import QuantizablePipelineMixin
-from .names import check_name, nearest
+from .names import CONTEXT_PARALLEL, check_name, nearest
+from .parallel import process_group, rank
 
 logger = logging.getLogger(__name__)
 OFFLOADS: Final = ("none", "model", "sequential")
@@ -38,6 +39,7 @@ class GenerateOptions:
         seed: seed of the noise.
         device: "cuda", "cpu", or "" for the first that there is.
         offload: "none", "model" (one component on the device at a time) or "sequential".
+        context_parallel: "ulysses" or "ring" to split the picture between the processes that torchrun started; "" for one.
     """
 
     model: str
@@ -49,6 +51,7 @@ class GenerateOptions:
     seed: int = 0
     device: str = ""
     offload: str = "none"
+    context_parallel: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,29 @@ def generate(options: GenerateOptions) -> Generated:
         ValueError: for an argument that the pipeline does not take, or an output of the wrong kind.
     """
     check_name(options.offload, OFFLOADS, "offload")
+    if options.context_parallel:
+        check_name(options.context_parallel, CONTEXT_PARALLEL, "kind of context parallelism")
     check_output(options.output, pipeline_class_of(options.model).family.generation.video)
+    with process_group(torch.device(_device(options))) if options.context_parallel else nullcontext():
+        return _generate(options)
+
+
+def _generate(options: GenerateOptions) -> Generated:
     start = time.perf_counter()
     pipe = load(options)
+    if options.context_parallel:
+        pipe.enable_context_parallel(options.context_parallel)
     loaded = time.perf_counter()
     call = call_arguments(pipe, options)
     result = pipe(**call)
-    write_output(options.output, result, pipe, call)
+    if not options.context_parallel or rank() == 0:
+        write_output(options.output, result, pipe, call)
     return Generated(options.output, pipe, loaded - start, time.perf_counter() - loaded)
 
 
 def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
     on_device = options.offload == "none" and device != "cpu"
     keywords = {"torch_dtype": torch.bfloat16, **options.load}
     pipe = load_pipeline(options.model, **({"device_map": device} if on_device else {}), **keywords)
@@ -95,6 +108,10 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     elif options.offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     return pipe
+
+
+def _device(options: GenerateOptions) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> dict[str, Any]:

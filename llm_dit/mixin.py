@@ -35,6 +35,7 @@ from .loader import (
 )
 from .lora.mixin import QuantizedLoraMixin
 from .moving import KEEP_DTYPES, MovingMixin
+from .parallel import ParallelMixin
 from .quantization import (
     METHODS,
     ComponentReport,
@@ -53,7 +54,7 @@ from .saving import SavingMixin, refuse_unfinished
 logger = logging.getLogger(__name__)
 
 
-class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, EncodingMixin):
+class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, EncodingMixin, ParallelMixin):
     """Mixed into a diffusers pipeline class, before it in the bases.
 
     A subclass changes what happens to a component by overriding `component_role`, `component_request` or

@@ -11,6 +11,7 @@ GRANULARITIES: Final = ("per-row", "per-tensor")
 BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
 ACTIVATION_SCALES: Final = ("dynamic", "static")
 ENCODER_LAYERS: Final = ("all", "read")
+CONTEXT_PARALLEL: Final = ("ulysses", "ring")
 GRAPH_MODE: Final = "cuda-graph"
 EAGER_GRAPH_MODE: Final = "cuda-graph-eager"
 GRAPH_MODES: Final = (GRAPH_MODE, EAGER_GRAPH_MODE)

@@ -48,10 +48,10 @@ def tensors_of(result) -> torch.Tensor:
     return torch.cat(found)
 
 
-def generate(pipe, name: str) -> torch.Tensor:
-    """Two steps of the tiny pipeline called `name`, as one flat tensor."""
+def generate(pipe, name: str, **others) -> torch.Tensor:
+    """Two steps of the tiny pipeline called `name`, as one flat tensor; `others` go before its own arguments."""
     pipe.set_progress_bar_config(disable=True)
-    return tensors_of(pipe(**get(name).call()))
+    return tensors_of(pipe(**{**get(name).call(), **others}))
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

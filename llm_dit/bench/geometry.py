@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -47,6 +47,11 @@ class Geometry:
     build: Callable[[torch.device], nn.Module]
     inputs: Callable[[nn.Module, torch.device], Keywords]
     published: str = ""
+
+
+def of_size(geometry: Geometry, **size: int) -> Geometry:
+    """The geometry on inputs of another size, e.g. side=128, in the keywords of its row."""
+    return replace(geometry, inputs=partial(geometry.inputs, **size))
 
 
 def random_model(make: Callable[[], nn.Module], device: torch.device, seed: int = 0) -> nn.Module:

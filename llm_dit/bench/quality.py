@@ -25,10 +25,11 @@ from ..load import load_pipeline
 from ..names import check_name
 from ..quantization import METHODS, get_method
 from ..tiny import scenes
+from ..writing import write_text
 from .layer_noise import layer_noise
 from .picture_metrics import METRICS, require_metrics
 from .pictures import batches, make
-from .results import Row, write_text
+from .results import Row
 
 REFERENCE: Final = "none"
 FLOORS: Final = ("float32", "compile", "skip")

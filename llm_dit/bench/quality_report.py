@@ -13,7 +13,8 @@ from typing import Final
 from PIL import Image, ImageDraw
 
 from ..quantization.report import format_bytes
-from .results import Row, write_text
+from ..writing import write_text
+from .results import Row
 
 COLUMNS: Final[Mapping[str, tuple[str, str]]] = {
     "caption_score": ("captions right", ".1%"),

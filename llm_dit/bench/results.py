@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..quantization import detect_hardware
+from ..writing import write_text
 
 Row = dict[str, Any]
 Columns = Sequence[tuple[str, str]]
@@ -133,13 +134,6 @@ def read_rows(path: Path | None) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{str(path)!r} is no list of results: give another file")
     return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that an interrupted run leaves the file before."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def collect(job: Job, output: Path | None = None, again: bool = False) -> Iterator[Row]:

@@ -28,9 +28,10 @@ from ..quantization.component import require_quantizable
 from ..quantization.filters import Layer, decide_layers
 from ..quantization.sizes import tensor_bytes
 from ..quantization.torchao_tensors.stream import quantize_weight
+from ..writing import write_text
 from .picture_metrics import psnr, require_metrics
 from .pictures import batches, make
-from .results import Row, read_rows, write_text
+from .results import Row, read_rows
 
 GROUPINGS: Final = ("kind", "block")
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +42,18 @@ def emit(kind: str, value: Any) -> None:
     print(f"\n{_MARK}{json.dumps([kind, value])}", flush=True)
 
 
-def messages(module: str, specification: Mapping[str, Any], timeout_s: float) -> Iterator[Message]:
+def messages(module: str, specification: Mapping[str, Any], timeout_s: float, launcher: Sequence[str] = ()) -> Iterator[Message]:
     """Runs `python -m module specification` and yields what it reports; a process that ends well may just stop.
 
     Args:
         specification: what the module reads as JSON from its only argument.
         timeout_s: seconds without a report after which the process is killed.
+        launcher: a module that starts `-m module`, and its arguments, e.g. torch.distributed.run.
     """
     # Temporary files and compiled kernels go to a folder of the process's own: no other run's kernels are found there.
     with tempfile.TemporaryDirectory() as scratch:
         errors = Path(scratch) / "stderr"
-        command = [sys.executable, "-W", "ignore", "-m", module, json.dumps(specification)]
+        command = [sys.executable, "-W", "ignore", "-m", *launcher, module, json.dumps(specification)]
         environment = {**os.environ, "TMPDIR": scratch, "TRANSFORMERS_VERBOSITY": "error"}
         with errors.open("wb") as stderr:
             # A session of its own, so that the compiler's helpers can be stopped with it.

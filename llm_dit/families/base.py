@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..checkpoints.names import OfficialName, Part, encoder_part
+from ..splitting import Splitting
 
 COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
 
@@ -83,6 +84,7 @@ class Family:
         parts: by component name, where its tensors stand in a single checkpoint file.
         official_name: the authors' name of a tensor of the transformer, from diffusers'; the inverse of diffusers' converter.
         bf16_blocks: indices, from both ends, of the blocks that the authors leave in bf16 in their fp8 files.
+        splitting: by transformer class, how its sequence is split between GPUs; a class that is not here cannot be.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Family:
 
     official_name: Callable[[str], OfficialName] = OfficialName
     bf16_blocks: tuple[int, ...] = ()
+    splitting: Mapping[str, Splitting] = field(default_factory=dict)
 
     def role(self, component: str) -> str | None:
         """The role of a component of the pipeline, or None if it stays as it is."""

@@ -22,6 +22,7 @@ from ..checkpoints.encoders import PRUNED, Unread
 from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import mistral_small_24b, qwen3_4b, qwen3_8b
+from ..splitting import Keywords, Share, Splitting, diffusers_plan
 from .base import Encoding, Family, Generation, Published
 
 _KLEIN_4B = partial(
@@ -112,6 +113,13 @@ def _official_name(name: str) -> OfficialName:
     return OfficialName(f"{'single' if single else 'double'}_blocks.{index}.{theirs}.{parameter}", place)
 
 
+def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+    share.refuse(keywords, "kv_cache", "kv_cache_mode")
+    share.check(keywords["hidden_states"].shape[1], "image", f"give height and width that are multiples of {16 * share.count}")
+    share.check(keywords["encoder_hidden_states"].shape[1], "text", "give a max_sequence_length that can be")
+    return {}
+
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2",
@@ -120,6 +128,7 @@ FAMILY = Family(
     encoding=Encoding(("prompt_embeds", None)),
     generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
     casts_latents=False,
+    splitting={"Flux2Transformer2DModel": Splitting(diffusers_plan, _split_arguments)},
     published=(
         Published(
             "flux2-dev",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 from diffusers import (
     AutoencoderKLLTX2Audio,
@@ -20,12 +21,14 @@ from diffusers import (
     LTX2VideoDiffusionDecodePipeline,
     LTX2VideoTransformer3DModel,
 )
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 
 from ..checkpoints.layout import PREFIXES
 from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
+from ..splitting import Keywords, Share, Splitting
 from .base import Encoding, Family, Generation, Published
 
 _TRANSFORMER_2_3 = partial(
@@ -177,12 +180,51 @@ def _official_name(name: str) -> OfficialName:
     return OfficialName(".".join(_OFFICIAL.get(part, part) for part in name.split(".")))
 
 
+def _split_plan(transformer: Any) -> Mapping[str, Any]:
+    """The video and its text are split. The audio is short and whole in every process: attention over as many copies of the same
+    keys as there are processes gives the same result.
+
+    diffusers' own plan splits neither the positions of "split" RoPE, which every published checkpoint has, nor those of the
+    attention between video and audio.
+    """
+    heads_first = transformer.config.rope_type == "split"
+    part = ContextParallelInput(2, 4, split_output=True) if heads_first else ContextParallelInput(1, 3, split_output=True)
+    return {
+        "": {"hidden_states": ContextParallelInput(1, 3), "encoder_hidden_states": ContextParallelInput(1, 3)},
+        "rope": {0: part, 1: part},
+        "cross_attn_rope": {0: part, 1: part},
+        "proj_out": ContextParallelOutput(1, 3),
+    }
+
+
+def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+    """The connectors leave no padding, so that their masks say nothing; timesteps of single tokens are split as tokens are."""
+    share.refuse(keywords, "video_self_attention_mask")
+    tokens = keywords["hidden_states"].shape[1]
+    share.check(tokens, "video", "change height, width or the number of frames")
+    share.check(keywords["encoder_hidden_states"].shape[1], "text", "give a max_sequence_length that can be")
+    changed: dict[str, Any] = {}
+    for name in ("encoder_attention_mask", "audio_encoder_attention_mask"):
+        mask = keywords.get(name)
+        if mask is not None and not bool((mask > 0).all()):
+            raise ValueError(f"context parallelism does not split {name}, which masks something: run this pipeline on one GPU")
+        changed[name] = None
+    for name in ("timestep", "video_keyframes_mask"):
+        value = keywords.get(name)
+        if value is not None and value.ndim > 1 and value.shape[1] == tokens:
+            changed[name] = share.of(value)
+    if keywords.get("audio_timestep") is None and "timestep" in changed:
+        changed["audio_timestep"] = keywords["timestep"]
+    return changed
+
+
 FAMILY = Family(
     name="ltx2",
     title="LTX-2",
     parts=PARTS,
     official_name=_official_name,
     bf16_blocks=(0, 1, -2, -1),
+    splitting={"LTX2VideoTransformer3DModel": Splitting(_split_plan, _split_arguments)},
     extra_roles={
         "prompt_enhancer": "encoder",
         "connectors": "encoder",

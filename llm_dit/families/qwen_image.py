@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
@@ -18,16 +22,58 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from torch.nn.functional import pad
 
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen2_5_vl_7b, qwen3_vl_8b
+from ..splitting import Keywords, Share, Splitting, diffusers_plan
 from .base import Encoding, Family, Generation, Published
+
+
+def _split_plan(transformer: Any) -> Mapping[str, Any]:
+    """diffusers' plan, but for the mask of the text."""
+    plan = dict(diffusers_plan(transformer))
+    blocks = {name: split for name, split in plan["transformer_blocks.*"].items() if name != "encoder_hidden_states_mask"}
+    return {**plan, "transformer_blocks.*": blocks}
+
+
+def _whole_mask(keywords: Keywords, share: Share) -> Keywords:
+    """The mask of the whole sequence as it lies after the exchange of heads: of each process in turn, its text and its image.
+
+    A mask that is split has to be gathered in every block. Its end, the last process's image, is added by the attention itself.
+    """
+    mask = keywords.get("encoder_hidden_states_mask")
+    if mask is None:
+        return {}
+    image = keywords["image_rotary_emb"][0].shape[0]
+    ones = torch.ones((mask.shape[0], image), dtype=torch.bool, device=mask.device)
+    parts = [part for text in mask.chunk(share.count, dim=1) for part in (text, ones)]
+    return {"encoder_hidden_states_mask": torch.cat(parts[:-1], dim=1)}
+
+
+def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+    """A text of any length is padded to one that can be split, and the padding masked."""
+    share.refuse(keywords, "controlnet_block_samples")
+    share.check(keywords["hidden_states"].shape[1], "image", f"give height and width that are multiples of {16 * share.count}")
+    text, mask = keywords["encoder_hidden_states"], keywords.get("encoder_hidden_states_mask")
+    padding = -text.shape[1] % share.count
+    share.refuse_masks(mask is not None or padding > 0)
+    if not padding:
+        return {}
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    return {
+        "encoder_hidden_states": pad(text, (0, 0, 0, padding)),
+        "encoder_hidden_states_mask": pad(mask.bool(), (0, padding)),
+    }
+
 
 FAMILY = Family(
     name="qwen_image",
     title="Qwen-Image",
     extra_roles={"controlnet": "transformer"},
     encoding=Encoding(("prompt_embeds", "prompt_embeds_mask"), negative=None),
+    splitting={"QwenImageTransformer2DModel": Splitting(_split_plan, _split_arguments, _whole_mask)},
     generation=Generation(
         {"num_inference_steps": 50, "true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024},
         guidance_argument="true_cfg_scale",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
@@ -14,11 +16,14 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from ..checkpoints.encoders import Unread
 from ..checkpoints.names import OfficialName, Part, encoder_part
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen3_4b_base
+from ..splitting import Keywords, Share, Splitting
 from .base import Encoding, Family, Generation, Published
 
 
@@ -53,12 +58,37 @@ def _official_name(name: str) -> OfficialName:
     return OfficialName(name)
 
 
+def _split_plan(transformer: Any) -> Mapping[str, Any]:
+    """diffusers has none for this class: each of three stacks of blocks is split before its first and gathered after its last.
+
+    Masks stay whole: after the exchange of heads every process has the whole sequence, in its order.
+    """
+    plan: dict[str, Any] = {}
+    for stack in ("noise_refiner", "context_refiner", "layers"):
+        blocks = getattr(transformer, stack)
+        if len(blocks):
+            plan[f"{stack}.0"] = {"x": ContextParallelInput(1, 3)}
+            plan[f"{stack}.*"] = {"freqs_cis": ContextParallelInput(1, 3)}
+            plan[f"{stack}.{len(blocks) - 1}"] = ContextParallelOutput(1, 3)
+    return plan
+
+
+def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+    """Texts and pictures are padded to multiples of 32 tokens by the transformer itself."""
+    share.refuse(keywords, "controlnet_block_samples", "siglip_feats")
+    share.check(SEQ_MULTI_OF, "text and image", f"start a number of processes that divides {SEQ_MULTI_OF}")
+    lengths = {-(-len(text) // SEQ_MULTI_OF) for text in keywords["cap_feats"]}
+    share.refuse_masks(len(lengths) > 1)
+    return {}
+
+
 FAMILY = Family(
     name="z_image",
     title="Z-Image",
     official_name=_official_name,
     extra_roles={"controlnet": "transformer", "siglip": "encoder"},
     parts={"transformer": Part(), "text_encoder": encoder_part(Unread(("lm_head",), layers_read=lambda count: count - 1))},
+    splitting={"ZImageTransformer2DModel": Splitting(_split_plan, _split_arguments)},
     encoding=Encoding(("prompt_embeds", "negative_prompt_embeds"), together=True),
     generation=Generation({"num_inference_steps": 9, "guidance_scale": 0.0, "height": 1024, "width": 1024}),
     published=(
