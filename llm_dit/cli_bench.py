@@ -119,6 +119,24 @@ def lora(
 
 
 @bench_app.command()
+def calibrate(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3 ..., or a tiny one; repeatable; all.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Points measured at once, 5 to 20 GB of the card each.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 300,
+) -> None:
+    """Device memory of single components by size and method: what the planner's constants come from."""
+    from .bench.calibrate import plan
+    from .bench.results import report
+
+    report(plan(geometry or (), jobs, timeout), print_plain, output, table, None, again)
+
+
+@bench_app.command()
 def quality(
     source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
     methods: Annotated[str, typer.Option(help="Methods of the transformer, separated by commas.")] = "int8,fp8-dynamic,int4",

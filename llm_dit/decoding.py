@@ -127,7 +127,7 @@ class FittedDecode:
             chosen, whole = cut, whole or needed
             if needed <= free:
                 break
-        _apply(vae, chosen)
+        apply_cut(vae, chosen)
         if chosen != WHOLE:
             told = (
                 f"decoding {'x'.join(map(str, z.shape))} takes {format_bytes(whole)} and {format_bytes(free)} are free: "
@@ -201,7 +201,8 @@ def _tensors(result: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if torch.is_tensor(leaf)]
 
 
-def _apply(vae: Any, cut: Cut) -> None:
+def apply_cut(vae: Any, cut: Cut) -> None:
+    """Sets how a VAE cuts its decodes."""
     vae.use_slicing = cut.sliced
     vae.use_tiling = bool(cut.tile)
     if hasattr(vae, "use_framewise_decoding"):

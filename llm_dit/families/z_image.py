@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
     ZImageControlNetInpaintPipeline,
@@ -17,6 +19,7 @@ from diffusers import (
 
 from ..checkpoints.encoders import Unread
 from ..checkpoints.names import OfficialName, Part, encoder_part
+from ..forwards import Forwards, Keywords, Size, image_latents, noise, prompt_tokens
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen3_4b_base
 from .base import Encoding, Family, Generation, Published
@@ -53,6 +56,28 @@ def _official_name(name: str) -> OfficialName:
     return OfficialName(name)
 
 
+_TEXT_TOKENS = 512
+"""`max_sequence_length` of the pipelines, to which they pad for encoding."""
+
+
+def _step(model: Any, device: torch.device, size: Size) -> Keywords:
+    """`ZImagePipeline.__call__`: lists of pictures and prompts, patches of 2 x 2 latents cut by the transformer itself."""
+    picture = (model.in_channels, 1, size.height // 8, size.width // 8)
+    return {
+        "x": [noise(device, *picture) for _ in range(size.batch)],
+        "t": torch.full((size.batch,), 0.3, device=device),
+        "cap_feats": [noise(device, size.text or _TEXT_TOKENS, model.config.cap_feat_dim, seed=2) for _ in range(size.batch)],
+        "joint_attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def _encode(model: Any, device: torch.device, size: Size) -> Any:
+    """`_encode_prompt`: all hidden states, of which the last but one is taken."""
+    tokens = prompt_tokens(device, size.batch, size.text or _TEXT_TOKENS)
+    return model(**tokens, output_hidden_states=True).hidden_states[-2]
+
+
 FAMILY = Family(
     name="z_image",
     title="Z-Image",
@@ -60,6 +85,7 @@ FAMILY = Family(
     extra_roles={"controlnet": "transformer", "siglip": "encoder"},
     parts={"transformer": Part(), "text_encoder": encoder_part(Unread(("lm_head",), layers_read=lambda count: count - 1))},
     encoding=Encoding(("prompt_embeds", "negative_prompt_embeds"), together=True),
+    forwards=Forwards(_step, image_latents, {"text_encoder": _encode}),
     generation=Generation({"num_inference_steps": 9, "guidance_scale": 0.0, "height": 1024, "width": 1024}),
     published=(
         Published(
