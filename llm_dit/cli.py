@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from .cli_bench import bench_app
+from .cli_plan import plan
 from .terminal import METHODS_HELP, console, print_plain
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(plan)
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A folder or a repository id.")]
 Quantization = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}; or auto.")]
 ForTransformer = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}.")]
@@ -307,7 +309,7 @@ def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any =
     """Runs an app; a failure is one line on standard error and exit code 2, never a traceback."""
     _quiet_imports()
     try:
-        typer_app(args=args, standalone_mode=False, obj=obj)
+        code = typer_app(args=args, standalone_mode=False, obj=obj)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -319,7 +321,7 @@ def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any =
         else:
             print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    raise SystemExit(0)
+    raise SystemExit(code if isinstance(code, int) else 0)  # of a typer.Exit, which comes back as a result
 
 
 def _fail(error: Exception) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .building import default_dtype
 from .quantization.activations import peak_activation_bytes
 from .quantization.report import format_bytes
 
@@ -96,8 +97,8 @@ class FittedDecode:
     def _count(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut) -> int:
         vae: Any = self._vae()
         if self._twin is None:
-            with torch.device("meta"):
-                self._twin = type(vae).from_config(vae.config).to(vae.dtype).eval()
+            with torch.device("meta"), default_dtype(vae.dtype):
+                self._twin = type(vae).from_config(vae.config).eval()
         batch = 1 if cut.sliced else z.shape[0]
         side = cut.tile // _compression(vae) if cut.tile else max(z.shape)
         frames = _frames(vae) if cut.framewise else max(z.shape)

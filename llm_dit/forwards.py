@@ -68,6 +68,7 @@ class Forwards:
         pixels_per_token: of a side of the picture; sizes are multiples of it.
         guided_batch: how many entries of the transformer's batch one picture is, with the defaults of `Generation`.
         most_references: how many reference images the published pipelines take.
+        kept: bytes a picture that a call keeps of its encoders' outputs until it returns.
         frames_step: frames come as a multiple of this, and one; 0 for images.
     """
 
@@ -77,6 +78,7 @@ class Forwards:
     pixels_per_token: int = 16
     guided_batch: int = 1
     most_references: int = 0
+    kept: int = 0
     frames_step: int = 0
 
 

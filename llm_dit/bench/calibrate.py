@@ -217,7 +217,7 @@ def points(geometry: str) -> list[Case]:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """ "1024x768 f121 b2 r1 int8 t512": height x width, frames, batch, references, method, tile; what is missing is the default."""
+    """Of "1024x768 f121 b2 r1 int8 t512": height x width, frames, batch, references, method, tile; the rest is the default."""
     names = {"f": "frames", "b": "batch", "r": "references", "t": "tile"}
     fields: dict[str, Any] = {}
     for word in text.split():

@@ -182,6 +182,8 @@ def _official_name(name: str) -> OfficialName:
 
 _TEXT_TOKENS = 1024
 """`max_sequence_length` of the pipelines, to which they pad."""
+_KEPT = 3 * _TEXT_TOKENS * 3840 * 49 * 2
+"""Every hidden state of Gemma-3-12B, of the negative prompt once and of both in one tensor: locals of the pipeline's call."""
 _AUDIO_RATE = 25.0
 """Audio latents a second: 16,000 samples, of which 160 make a column of the spectrogram, and four of those a latent."""
 
@@ -261,6 +263,7 @@ FAMILY = Family(
         {"text_encoder": _encode, "connectors": _connect},
         pixels_per_token=32,
         guided_batch=2,
+        kept=_KEPT,
         frames_step=8,
     ),
     generation=Generation(

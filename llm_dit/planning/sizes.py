@@ -1,0 +1,167 @@
+"""The bytes of a pipeline's components, of weights by method and of activations by size: everything a plan is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..checkpoints.encoders import PRUNED, take_off_unread
+from ..decoding import TILES, WHOLE, Cut
+from ..estimate import ComponentEstimate, Maker, component_makers, estimate_component
+from ..families.base import Family
+from ..forwards import Size
+from ..mixin import QuantizablePipelineMixin, diffusers_class
+from .activations import activation_bytes, make_on_meta, shortened
+from .constants import constants
+
+AS_SAVED: Final = "as saved"
+"""The method of a component that lies quantized in its folder: it is loaded so, whatever is asked for."""
+
+
+@dataclass(frozen=True)
+class ComponentSizes:
+    """One component.
+
+    Attributes:
+        name, role: its name in the pipeline, and its role.
+        weights: its bytes by method.
+        kept: the same with the family's fragile blocks in bf16.
+        largest: bytes in bf16 of the module with the most parameters of its own.
+        left_out: the parts of a text encoder that nothing reads and that are left unread.
+    """
+
+    name: str
+    role: str
+    weights: ComponentEstimate
+    kept: ComponentEstimate
+    largest: int
+    left_out: tuple[str, ...] = ()
+
+    def bytes_for(self, method: str, keep_fragile: bool) -> int:
+        """Bytes of the weights; a method that the component cannot take leaves it in bf16."""
+        estimate = self.kept if keep_fragile else self.weights
+        return estimate.bytes_for(self.method_for(method))
+
+    def method_for(self, method: str) -> str:
+        """The method it gets where its role has `method`."""
+        if self.weights.saved:
+            return AS_SAVED
+        return method if method in self.weights.methods else "none"
+
+
+@dataclass
+class PipelineSizes:
+    """A pipeline, whose activations are counted when they are asked for, each once.
+
+    Attributes:
+        source: as it was named.
+        cls: our pipeline class.
+        components: by name.
+        skip: patterns of the fragile blocks, "" for none.
+    """
+
+    source: str
+    cls: type[QuantizablePipelineMixin]
+    components: Mapping[str, ComponentSizes]
+    skip: tuple[str, ...]
+    makers: Mapping[str, Maker] = field(repr=False)
+    _models: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    _counted: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
+
+    @property
+    def family(self) -> Family:
+        return self.cls.family
+
+    @property
+    def pipeline_class(self) -> str:
+        return diffusers_class(self.cls).__name__
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The components that only encoding needs."""
+        return tuple(name for name in self.family.encoding.encoders if name in self.components)
+
+    def activations(self, component: str, phase: str, size: Size, method: str = "none", cut: Cut = WHOLE) -> int:
+        """Bytes that a component takes beside its weights, cuDNN's and the kernels' workspaces included."""
+        if component not in self.components:
+            return 0
+        key = (component, phase, size, method, cut)
+        if key not in self._counted:
+            role = self.components[component].role
+            counting = "none" if method == AS_SAVED or role == "vae" else method
+            counted = activation_bytes(self._model(component), component, phase, role, self.family.forwards, size, counting, cut)
+            self._counted[key] = constants().phases[phase].apply(counted)
+        return self._counted[key]
+
+    def cuts(self, size: Size) -> tuple[Cut, ...]:
+        """Ways to decode, the least cut first."""
+        vae: Any = self._model("vae") if "vae" in self.components else None
+        if not hasattr(vae, "use_tiling"):
+            return (WHOLE,)
+        sliced = size.batch > 1 and hasattr(vae, "use_slicing")
+        tiles = [tile for tile in TILES if tile < max(size.height, size.width)]
+        return (WHOLE, *([Cut(sliced=True)] if sliced else []), *(Cut(sliced, tile) for tile in tiles))
+
+    def _model(self, component: str) -> nn.Module:
+        """On meta; of the transformer two blocks of each kind, which have the activations of all."""
+        if component not in self._models:
+            make: Callable[[], nn.Module] = partial(_model_of, self.makers[component])
+            short = self.components[component].role == "transformer"
+            self._models[component] = make_on_meta(shortened(make) if short else make)
+        return self._models[component]
+
+
+@cache
+def pipeline_sizes(source: str, **hub: Any) -> PipelineSizes:
+    """The sizes of a pipeline; kept for the next call.
+
+    Args:
+        source: a folder, a repository id, or an offline name, as in `estimate_pipeline`.
+        **hub: where to find a repository, e.g. `revision`.
+
+    Raises:
+        ValueError: if `source` is none of these, or a pipeline that cannot be planned.
+    """
+    cls, makers = component_makers(source, torch.bfloat16, hub)
+    if not {"transformer", "vae"} <= makers.keys() or not hasattr(cls, "encode_prompt"):
+        raise ValueError(
+            f"{diffusers_class(cls).__name__} does not go from a prompt to a picture: a plan is made for those that do"
+        )
+    components: dict[str, ComponentSizes] = {}
+    skip: tuple[str, ...] = ()
+    for name, make in makers.items():
+        role = cls.component_role(name)
+        if role is None:
+            continue
+        model, saved = make()
+        if name == "transformer":
+            skip = _fragile(model, cls.family)
+        components[name] = _component(name, role, model, saved, cls.family, skip)
+    return PipelineSizes(source, cls, components, skip, makers)
+
+
+def _component(name: str, role: str, model: nn.Module, saved: int, family: Family, skip: tuple[str, ...]) -> ComponentSizes:
+    part = family.parts.get(name)
+    left_out: tuple[str, ...] = ()
+    if role == "encoder" and part is not None and part.unread.in_folders and not saved:
+        take_off_unread(model, part.unread)
+        left_out = tuple(getattr(model, PRUNED, ()))
+    plain = estimate_component(name, role, model, saved, "per-row", (), torch.bfloat16)
+    kept = estimate_component(name, role, model, saved, "per-row", skip, torch.bfloat16) if skip and role != "vae" else plain
+    own = (sum(2 * parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules())
+    return ComponentSizes(name, role, plain, kept, max(own, default=0), left_out)
+
+
+def _model_of(make: Maker) -> nn.Module:
+    return make()[0]
+
+
+def _fragile(transformer: Any, family: Family) -> tuple[str, ...]:
+    """Patterns of the blocks that the family's authors leave in bf16."""
+    blocks = getattr(transformer, "transformer_blocks", ())
+    return tuple(f"transformer_blocks.{index % len(blocks)}" for index in family.bf16_blocks) if len(blocks) > 4 else ()
