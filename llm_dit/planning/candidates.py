@@ -50,7 +50,7 @@ LOSSES: Final[Mapping[str, Mapping[str, Loss]]] = {
 TILED_LOSS: Final = 0.005
 """Tiles overlap by a quarter and are blended; what crosses a seam differs. Below every quantization."""
 FRAGILE_LOSS: Final = 0.01
-"""For quantizing the blocks that the authors leave in bf16 (`Family.bf16_blocks`): worth their memory before another method is."""
+"""For quantizing the blocks that the authors leave in bf16 (`Family.bf16_blocks`): worth their memory before a method."""
 SMALL_VAE_BYTES: Final = 1024**3
 """Below this a VAE's weights are a small part of any card; its activations, which int8 does not shrink, are the memory."""
 

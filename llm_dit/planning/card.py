@@ -78,11 +78,13 @@ def get_card(name: str) -> Card:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of "24GB" (10^9 each, as the label on a card), "22.5GiB" (2^30 each) or "24", which is in GB.
+    """Bytes of "24GB" (10^9 each, as the label on a card), "22.5GiB" (2^30 each) or "24", which is in GB; a number is in bytes.
 
     Raises:
         ValueError: for anything else, zero and less.
     """
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(GB|GIB|MB|MIB|)\s*", str(text), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size <= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from ..decoding import WHOLE, Cut
@@ -140,7 +141,9 @@ class Plan:
         return f"{self.source} in {format_gb(self.budget)} {fits} {', '.join(words)}"
 
 
-def make_plan(source: str, budget: int, card: Card, size: Size | None = None, **hub: Any) -> Plan:
+def make_plan(
+    source: str, budget: int, card: Card, size: Size | None = None, fixed: Mapping[str, str] | None = None, **hub: Any
+) -> Plan:
     """The plan of a pipeline in `budget` bytes.
 
     Args:
@@ -148,6 +151,7 @@ def make_plan(source: str, budget: int, card: Card, size: Size | None = None, **
         budget: bytes of device memory, CUDA's own included.
         card: decides which methods there are, and how fast they are.
         size: what is generated; the family's default if None.
+        fixed: by role, the methods that are chosen already.
         **hub: where to find a repository, e.g. `revision`.
 
     Raises:
@@ -156,7 +160,7 @@ def make_plan(source: str, budget: int, card: Card, size: Size | None = None, **
     if budget <= 0:
         raise ValueError(f"a budget must be more than 0 bytes, not {budget}")
     sizes = pipeline_sizes(source, **hub)
-    return _plan(sizes, budget, card, checked_size(sizes, size or default_size(sizes)))
+    return _plan(sizes, budget, card, checked_size(sizes, size or default_size(sizes)), fixed or {})
 
 
 def default_size(sizes: PipelineSizes) -> Size:
@@ -192,8 +196,12 @@ def checked_size(sizes: PipelineSizes, size: Size) -> Size:
     return size
 
 
-def _plan(sizes: PipelineSizes, budget: int, card: Card, size: Size) -> Plan:
-    ranked = _ranked(sizes, card, size)
+def _plan(sizes: PipelineSizes, budget: int, card: Card, size: Size, fixed: Mapping[str, str]) -> Plan:
+    fixed = {**sizes.saved_methods(), **fixed}
+    ranked = _ranked(sizes, card, size, fixed)
+    if not ranked:
+        told = ", ".join(f"{role} {method}" for role, method in fixed.items())
+        raise ValueError(f"{told} cannot be planned on {card.name}: leave the method to quantization='auto'")
     place = next((place for place, one in enumerate(ranked) if one.peak.device <= budget), None)
     smallest = min(ranked, key=lambda one: one.peak.device)
     chosen = ranked[place] if place is not None else None
@@ -201,6 +209,8 @@ def _plan(sizes: PipelineSizes, budget: int, card: Card, size: Size) -> Plan:
     kept = shown.candidate.keep_fragile and shown.candidate.methods["transformer"] != "none"
     skip = sizes.skip if kept else ()
     left_out = [part for part in sizes.components.values() if part.left_out]
+    more = partial(_what_would, sizes, card, size, fixed, budget, smallest)
+    would = more() if place is None else _next_budget(ranked, place, budget)
     refused = [reason for method in LOSSES["transformer"] if (reason := refusal(method, card))]
     return Plan(
         sizes.source,
@@ -213,18 +223,19 @@ def _plan(sizes: PipelineSizes, budget: int, card: Card, size: Size) -> Plan:
         smallest,
         tuple(_reasons(sizes, shown, card, skip)) if chosen else (),
         (*refused, *_rejected(ranked[:place], budget)),
-        tuple(_next_budget(ranked, place, budget) if place is not None else _what_would(sizes, card, size, budget, smallest)),
+        tuple(would),
         skip,
         "read" if left_out else "all",
     )
 
 
-def _ranked(sizes: PipelineSizes, card: Card, size: Size) -> list[Chosen]:
+def _ranked(sizes: PipelineSizes, card: Card, size: Size, fixed: Mapping[str, str]) -> list[Chosen]:
     """Every candidate with every way to decode, the best first; of those that decode alike the first is enough."""
     vae = max((part.weights.bytes_for("none") for part in sizes.components.values() if part.role == "vae"), default=0)
     found = [
         (candidate.rank(cut != WHOLE), place, Chosen(candidate, cut, timeline(sizes, candidate, size, cut)))
         for candidate in candidates(card, vae, bool(sizes.skip))
+        if fixed.items() <= candidate.methods.items()
         for place, cut in enumerate(sizes.cuts(size))
     ]
     return [one for _, _, one in sorted(found, key=lambda row: row[:2])]
@@ -293,11 +304,13 @@ def _next_budget(ranked: Sequence[Chosen], place: int, budget: int) -> Iterator[
         yield "nothing ranks before it: a larger budget buys nothing"
 
 
-def _what_would(sizes: PipelineSizes, card: Card, size: Size, budget: int, smallest: Chosen) -> Iterator[str]:
+def _what_would(
+    sizes: PipelineSizes, card: Card, size: Size, fixed: Mapping[str, str], budget: int, smallest: Chosen
+) -> Iterator[str]:
     """A larger budget, and a smaller size, that would fit."""
     yield f"{format_gb(-(-smallest.peak.device // 10**8) * 10**8)} would be enough, with {smallest.candidate}"
     for smaller in _smaller(sizes, size):
-        one = min(_ranked(sizes, card, smaller), key=lambda one: one.peak.device)
+        one = min(_ranked(sizes, card, smaller, fixed), key=lambda one: one.peak.device)
         if one.peak.device <= budget:
             yield f"{smaller} would fit, with {one.candidate}"
             return

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from ..checkpoints.encoders import PRUNED, take_off_unread
+from ..checkpoints.encoders import PRUNED, Unread, take_off_unread
+from ..checkpoints.header import read_header
 from ..decoding import TILES, WHOLE, Cut
+from ..encoder_parts import unread_patterns
 from ..estimate import ComponentEstimate, Maker, component_makers, estimate_component
 from ..families.base import Family
 from ..forwards import Size
 from ..mixin import QuantizablePipelineMixin, diffusers_class
+from ..quantization import METHODS
 from .activations import activation_bytes, make_on_meta, shortened
+from .candidates import LOSSES
 from .constants import constants
 
 AS_SAVED: Final = "as saved"
@@ -33,6 +40,7 @@ class ComponentSizes:
         kept: the same with the family's fragile blocks in bf16.
         largest: bytes in bf16 of the module with the most parameters of its own.
         left_out: the parts of a text encoder that nothing reads and that are left unread.
+        saved_method: the method that it lies quantized with in its folder, or "".
     """
 
     name: str
@@ -41,6 +49,7 @@ class ComponentSizes:
     kept: ComponentEstimate
     largest: int
     left_out: tuple[str, ...] = ()
+    saved_method: str = ""
 
     def bytes_for(self, method: str, keep_fragile: bool) -> int:
         """Bytes of the weights; a method that the component cannot take leaves it in bf16."""
@@ -93,7 +102,7 @@ class PipelineSizes:
         key = (component, phase, size, method, cut)
         if key not in self._counted:
             role = self.components[component].role
-            counting = "none" if method == AS_SAVED or role == "vae" else method
+            counting = self.components[component].saved_method if method == AS_SAVED else method
             counted = activation_bytes(self._model(component), component, phase, role, self.family.forwards, size, counting, cut)
             self._counted[key] = constants().phases[phase].apply(counted)
         return self._counted[key]
@@ -106,6 +115,11 @@ class PipelineSizes:
         sliced = size.batch > 1 and hasattr(vae, "use_slicing")
         tiles = [tile for tile in TILES if tile < max(size.height, size.width)]
         return (WHOLE, *([Cut(sliced=True)] if sliced else []), *(Cut(sliced, tile) for tile in tiles))
+
+    def saved_methods(self) -> dict[str, str]:
+        """By role, the method of what lies quantized in the folder, where a role has such a method."""
+        parts = [part for part in self.components.values() if part.saved_method in LOSSES[part.role]]
+        return {part.role: part.saved_method for part in reversed(parts)}
 
     def _model(self, component: str) -> nn.Module:
         """On meta; of the transformer two blocks of each kind, which have the activations of all."""
@@ -141,20 +155,40 @@ def pipeline_sizes(source: str, **hub: Any) -> PipelineSizes:
         model, saved = make()
         if name == "transformer":
             skip = _fragile(model, cls.family)
-        components[name] = _component(name, role, model, saved, cls.family, skip)
+        components[name] = _component(name, role, model, saved, cls.family, skip, Path(source) / name)
     return PipelineSizes(source, cls, components, skip, makers)
 
 
-def _component(name: str, role: str, model: nn.Module, saved: int, family: Family, skip: tuple[str, ...]) -> ComponentSizes:
+def _component(
+    name: str, role: str, model: nn.Module, saved: int, family: Family, skip: tuple[str, ...], folder: Path
+) -> ComponentSizes:
     part = family.parts.get(name)
     left_out: tuple[str, ...] = ()
-    if role == "encoder" and part is not None and part.unread.in_folders and not saved:
+    if role == "encoder" and part is not None and part.unread.in_folders:
         take_off_unread(model, part.unread)
+        saved = _read_bytes(folder, part.unread, model) if saved else 0
         left_out = tuple(getattr(model, PRUNED, ()))
     plain = estimate_component(name, role, model, saved, "per-row", (), torch.bfloat16)
     kept = estimate_component(name, role, model, saved, "per-row", skip, torch.bfloat16) if skip and role != "vae" else plain
     own = (sum(2 * parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules())
-    return ComponentSizes(name, role, plain, kept, max(own, default=0), left_out)
+    return ComponentSizes(name, role, plain, kept, max(own, default=0), left_out, _saved_method(folder) if saved else "")
+
+
+def _saved_method(folder: Path) -> str:
+    """The method that a component's config.json records: by its name, or by the name of torchao's configuration."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    if config.get("method") in METHODS:
+        return str(config["method"])
+    recorded = json.dumps(config)
+    stock = {row.name: type(row.make_stock_config("per-row")).__name__ for row in METHODS.values() if row.make_stock_config}
+    return next((name for name, kind in stock.items() if f'"{kind}"' in recorded), "int8")
+
+
+def _read_bytes(folder: Path, unread: Unread, model: Any) -> int:
+    """Bytes of the tensors in a text encoder's files that are read with encoder_layers="read"."""
+    left = re.compile("|".join(unread_patterns(unread, model.config)))
+    entries = (entry for file in folder.glob("*.safetensors") for entry in read_header(file).tensors.items())
+    return sum(entry.nbytes for key, entry in entries if not left.search(key))
 
 
 def _model_of(make: Maker) -> nn.Module:
