@@ -128,11 +128,17 @@ def calibrate(
     table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 300,
+    fit: Annotated[Path | None, typer.Option(help="Measure nothing: write the constants that these results give.")] = None,
 ) -> None:
     """Device memory of single components by size and method: what the planner's constants come from."""
     from .bench.calibrate import plan
     from .bench.results import report
 
+    if fit is not None:
+        from .bench.fit import fit as fitted
+
+        print_plain(fitted(fit).model_dump_json(indent=2))
+        return
     report(plan(geometry or (), jobs, timeout), print_plain, output, table, None, again)
 
 

@@ -153,8 +153,10 @@ def measure(case: Case, folder: Path, steps: int) -> Row:
     if case.way != WAYS[0]:
         peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
         return {"denoise_measured_gib": peak}
-    row: Row = {"plan": str(pipe._recorder.plan), "report": pipe.quantization_report.to_dict()["notes"]}
-    for phase, found in pipe._recorder.to_dict().items():
+    recorder = pipe._recorder
+    assert recorder is not None
+    row: Row = {"plan": str(recorder.plan), "report": pipe.quantization_report.to_dict()["notes"]}
+    for phase, found in recorder.to_dict().items():
         row[f"{phase}_promised_gib"] = found["promised"] / GIB
         row[f"{phase}_measured_gib"] = None if found["allocated"] is None else found["allocated"] / GIB
         row[f"{phase}_reserved_gib"] = None if found["reserved"] is None else found["reserved"] / GIB

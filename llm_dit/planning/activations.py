@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..decoding import WHOLE, WORKSPACE, Cut, FittedDecode
 from ..forwards import Forwards, Size, noise
-from ..quantization import get_method
-from ..quantization.activations import Transient, peak_activation_bytes
+from ..quantization import VALID_METHODS, get_method
+from ..quantization.activations import Transient, peaks_with_transients
 from ..quantization.filters import decide_layers
 
 PHASES: Final = ("encode", "denoise", "decode")
@@ -38,7 +38,7 @@ def shortened(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         for name in ("num_hidden_layers", "depth"):
             if hasattr(part, name):
                 setattr(part, name, min(getattr(part, name), BLOCKS))
-        if getattr(part, "layer_types", None):
+        if part is not None and getattr(part, "layer_types", None):
             part.layer_types = part.layer_types[:BLOCKS]
     return lambda: kind(config)
 
@@ -66,24 +66,18 @@ def run_of(model: Any, component: str, phase: str, forwards: Forwards, size: Siz
 
 
 def activation_bytes(
-    model: nn.Module,
-    component: str,
-    phase: str,
-    role: str,
-    forwards: Forwards,
-    size: Size,
-    method: str = "none",
-    cut: Cut = WHOLE,
-) -> int:
-    """Bytes that a component on meta holds at most beside its weights, if those are quantized with `method`.
+    model: nn.Module, component: str, phase: str, role: str, forwards: Forwards, size: Size, cut: Cut = WHOLE
+) -> dict[str, int]:
+    """Bytes that a component on meta holds at most beside its weights, by the method that those are quantized with.
 
     Args:
         cut: how a decode is tiled.
     """
     if cut != WHOLE:
-        return FittedDecode(model).needed_bytes(**forwards.latents(model, _META, size), cut=cut) - WORKSPACE
+        taken = FittedDecode(model).needed_bytes(**forwards.latents(model, _META, size), cut=cut) - WORKSPACE
+        return dict.fromkeys(VALID_METHODS, taken)
     run = run_of(model, component, phase, forwards, size, _META)
-    return peak_activation_bytes(run, _transient(model, method, role))
+    return peaks_with_transients(run, {method: _transient(model, method, role) for method in VALID_METHODS})
 
 
 def _transient(model: nn.Module, method: str, role: str) -> Transient | None:

@@ -25,6 +25,7 @@ class Phase:
         activations: activations, workspaces and buffers on the device.
         context: what CUDA and the allocator take beside.
         host: anonymous host memory above what the process held before the load.
+        before: weights of the phase before, which leave the device as this one begins.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Phase:
     activations: int
     context: int
     host: int
+    before: int = 0
 
     @property
     def device(self) -> int:
@@ -41,7 +43,7 @@ class Phase:
     @property
     def allocated(self) -> int:
         """What `torch.cuda.max_memory_allocated` is promised to stay below."""
-        return self.weights + self.activations
+        return max(self.weights + self.activations, self.before)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -72,11 +74,13 @@ class _Timeline:
         ]
         kept = self.size.batch * self.sizes.family.forwards.kept
         host = measured.load.host_bytes + (everything if offloaded else 0)
-        return tuple(
-            Phase(name, weights, more, measured.context_bytes + int(measured.slack * (weights + more)), host)
-            for name, weights, taken in found
-            for more in [taken + kept * (name != "load")]
-        )
+        phases: list[Phase] = []
+        for name, weights, taken in found:
+            more = taken + kept * (name != "load")
+            before = phases[-1].weights + kept if name == "denoise" else 0
+            context = measured.context_bytes + int(measured.slack * (weights + more))
+            phases.append(Phase(name, weights, more, context, host, before))
+        return tuple(phases)
 
     def _resident(self) -> list[tuple[int, int]]:
         everything = sum(self.held.values())
@@ -89,11 +93,8 @@ class _Timeline:
         rest = sum(size for name, size in self.held.items() if name not in self.sizes.encoders)
         later = [taken for name, taken in encoding.items() if name not in first]
         alone = self._sum(self.sizes.encoders) + self.held.get("vae", 0)
-        return [
-            (alone, max(encoding[name] for name in first)),
-            (rest, max([self._step(), *later])),
-            (rest, self._decode()),
-        ]
+        both = [(alone, max(encoding[name] for name in first)), *((rest, taken) for taken in later)]
+        return [max(both, key=sum), (rest, self._step()), (rest, self._decode())]
 
     def _swapped(self) -> list[tuple[int, int]]:
         """diffusers moves a component away when the next of its order comes; references bring the VAE before its turn."""

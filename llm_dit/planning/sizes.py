@@ -80,7 +80,7 @@ class PipelineSizes:
     skip: tuple[str, ...]
     makers: Mapping[str, Maker] = field(repr=False)
     _models: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    _counted: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
+    _counted: dict[tuple[Any, ...], dict[str, int]] = field(default_factory=dict, repr=False)
 
     @property
     def family(self) -> Family:
@@ -99,13 +99,12 @@ class PipelineSizes:
         """Bytes that a component takes beside its weights, cuDNN's and the kernels' workspaces included."""
         if component not in self.components:
             return 0
-        key = (component, phase, size, method, cut)
+        key, part = (component, phase, size, cut), self.components[component]
         if key not in self._counted:
-            role = self.components[component].role
-            counting = self.components[component].saved_method if method == AS_SAVED else method
-            counted = activation_bytes(self._model(component), component, phase, role, self.family.forwards, size, counting, cut)
-            self._counted[key] = constants().phases[phase].apply(counted)
-        return self._counted[key]
+            model, forwards = self._model(component), self.family.forwards
+            self._counted[key] = activation_bytes(model, component, phase, part.role, forwards, size, cut)
+        counted = self._counted[key][part.saved_method if method == AS_SAVED else method]
+        return constants().phases[phase].apply(counted)
 
     def cuts(self, size: Size) -> tuple[Cut, ...]:
         """Ways to decode, the least cut first."""

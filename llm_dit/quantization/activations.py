@@ -2,13 +2,13 @@
 
 Every tensor that an operator makes is counted until the last reference to its memory is gone, which is when a GPU's allocator has
 it again. What operators use inside is not seen: cuDNN's workspaces, and what a quantized Linear makes for one product, unless
-`transient` says it.
+a transient says it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,21 +22,27 @@ Transient = Callable[[Tensor, Tensor], int]
 """From the input and the weight of a Linear, the bytes that it holds only while it multiplies."""
 
 
-def peak_activation_bytes(forward: Callable[[], Any], transient: Transient | None = None) -> int:
+def peak_activation_bytes(forward: Callable[[], Any]) -> int:
     """The largest number of bytes that `forward`, all of whose tensors are on meta, holds at once beyond what it was given."""
-    live = _Live()
-    with torch.no_grad(), _Functions(live, transient), live:
+    return peaks_with_transients(forward, {"": None})[""]
+
+
+def peaks_with_transients(forward: Callable[[], Any], transients: Mapping[str, Transient | None]) -> dict[str, int]:
+    """The same for Linears with one transient or another, by its name, all of them counted in one forward."""
+    live = _Live(transients)
+    with torch.no_grad(), _Functions(live, transients), live:
         result = forward()
     del result
-    return live.peak
+    return {name: max(peak, live.peak) for name, peak in live.peaks.items()}
 
 
 class _Live(TorchDispatchMode):
     """Counts the storages that operators make while they live."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
         self.peak = self._bytes = 0
+        self.peaks = dict.fromkeys(names, 0)
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -56,9 +62,9 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self._bytes)
         return result
 
-    def hold(self, size: int) -> None:
-        """Counts bytes that were there for a moment, beside what lives now."""
-        self.peak = max(self.peak, self._bytes + size)
+    def hold(self, name: str, size: int) -> None:
+        """Counts bytes of one of the transients, which were there for a moment beside what lives now."""
+        self.peaks[name] = max(self.peaks[name], self._bytes + size)
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -69,10 +75,10 @@ class _Functions(TorchFunctionMode):
     """Attention as the fused kernels of a GPU compute it, which never hold the scores (meta's own implementation would), and
     the transients of Linears."""
 
-    def __init__(self, live: _Live, transient: Transient | None) -> None:
+    def __init__(self, live: _Live, transients: Mapping[str, Transient | None]) -> None:
         super().__init__()
         self._live = live
-        self._transient = transient
+        self._transients = {name: transient for name, transient in transients.items() if transient is not None}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,6 +88,7 @@ class _Functions(TorchFunctionMode):
             query, value = given["query"], given["value"]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         result = func(*args, **(kwargs or {}))
-        if func is linear and self._transient is not None:
-            self._live.hold(self._transient(args[0], args[1]))
+        if func is linear:
+            for name, transient in self._transients.items():
+                self._live.hold(name, transient(args[0], args[1]))
         return result
