@@ -101,6 +101,7 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cuda or cpu; the first there is by default.")] = "",
     offload: Annotated[str, typer.Option(help="none, model or sequential.")] = "none",
+    vram: Annotated[str | None, typer.Option(help="With --quantization auto: the memory to stay inside of, e.g. 12GB.")] = None,
 ) -> None:
     """Generate an image or a clip."""
     from .families import get_family
@@ -128,7 +129,8 @@ def generate(
         encoder_file,
         activation_scale,
     )
-    load |= {k: v for k, v in {"compile": compile, "compile_mode": compile_mode}.items() if v is not None}
+    more = {"compile": compile, "compile_mode": compile_mode, "vram_budget": vram}
+    load |= {name: value for name, value in more.items() if value is not None}
     call = {
         "negative_prompt": negative_prompt,
         "height": height,

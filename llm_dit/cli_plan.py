@@ -78,6 +78,8 @@ def _card(name: str | None, budgeted: bool) -> Card:
 
 def _memory(card: Card) -> int:
     """What there is to plan with: what is free of the card at hand, or all of a class of cards."""
+    if not card.memory_bytes:
+        raise ValueError(f"{card.name} has no size of its own: give --vram 24GB")
     return card.memory_bytes
 
 

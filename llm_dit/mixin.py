@@ -229,6 +229,11 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             told += self._recorder.lines({part.name: part.bytes_after for part in self._report})
         return replace(self._report, notes=(*self._report.notes, *told)) if told else self._report
 
+    @property
+    def planned(self) -> bool:
+        """True if quantization="auto" made a plan, which says where everything is."""
+        return self._recorder is not None
+
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """As in diffusers, but quantized components are shared as they are: no dtype is applied unless one is given."""

@@ -55,6 +55,7 @@ COLUMNS: Final[Columns] = (
     ("success", ""),
     *((f"{phase}_{what}_gib", ".2f") for phase in PHASES for what in ("promised", "measured")),
     ("seconds", ".0f"),
+    ("reason", ""),
 )
 
 

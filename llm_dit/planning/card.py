@@ -40,7 +40,11 @@ def _gb(count: int) -> int:
     return count * 2**30
 
 
+ANY_CARD: Final = Card("any-fp8", _FP8)
+"""What is planned for where only a budget is given: any card with fp8 tensor cores at full rate."""
+CPU: Final = Card("CPU", None)
 _ROWS: Final = (
+    ANY_CARD,
     Card("t4", (7, 5), _gb(16)),
     Card("rtx-2080-ti", (7, 5), _gb(11), consumer=True),
     Card("rtx-3060", (8, 6), _gb(12), consumer=True),
@@ -61,9 +65,6 @@ _ROWS: Final = (
 )
 CARDS: Final[Mapping[str, Card]] = {card.name: card for card in _ROWS}
 """NVIDIA's data sheets: compute capability and memory."""
-ANY_CARD: Final = Card("a card with fp8 (capability 8.9 or newer)", _FP8)
-"""What is planned for where only a budget is given."""
-CPU: Final = Card("CPU", None)
 LADDER: Final = tuple(size * 10**9 for size in (8, 12, 16, 24, 32, 48, 80, 141))
 """Budgets that cards come in, in bytes."""
 
