@@ -101,16 +101,22 @@ def run(cases: Sequence[Case], jobs: int, timeout_s: float) -> Iterator[Row]:
 
     What CUDA itself takes can only be told while nothing else is on the card, so that this point comes first, alone.
     """
-    yield from (_row(case, timeout_s) for case in cases if case.component == CONTEXT)
+    for case in (case for case in cases if case.component == CONTEXT):
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        yield _row(case, timeout_s, measure_context, free)
     with ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(_row, case, timeout_s) for case in cases if case.component != CONTEXT]
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="Measuring", unit="point"):
             yield done.result()
 
 
-def _row(case: Case, timeout_s: float) -> Row:
+def _row(case: Case, timeout_s: float, function: Callable[..., Row] | None = None, *args: Any) -> Row:
     try:
-        found = in_fresh_process(measure, case, timeout_s=timeout_s)
+        found = (
+            in_fresh_process(function, *args, timeout_s=timeout_s)
+            if function
+            else in_fresh_process(measure, case, timeout_s=timeout_s)
+        )
     except FreshProcessError as error:
         found = {"error": " ".join(str(error).split())[:300]}
     return {**asdict(case), "device": detect_hardware().name, "torch": torch.__version__, **found}
@@ -124,8 +130,6 @@ def measure(case: Case) -> dict[str, int | None]:
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    if case.component == CONTEXT:
-        return _context(device)
     family, makers = components_of(case.geometry)
     role = family.role(case.component)
     assert role is not None
@@ -158,21 +162,25 @@ def _emptied(device: torch.device) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _context(device: torch.device) -> dict[str, int | None]:
-    """What the card has less after cuBLAS, cuDNN and the library's kernels were loaded, and no tensor is held."""
-    if device.type != "cuda":
-        return dict.fromkeys(("weights_bytes", "held_bytes", "allocated_bytes", "reserved_bytes"), None)
+def measure_context(free_before: int) -> dict[str, int | None]:
+    """What this process takes of the card without a tensor, after cuBLAS, cuDNN and the library's kernels were loaded.
+
+    Args:
+        free_before: bytes of the card that were free before this process began.
+    """
+    if not torch.cuda.is_available():
+        return {"context_bytes": None}
+    device = torch.device("cuda")
     family, makers = components_of("klein-4b")
     for component, phase, method in (("transformer", "denoise", "fp8-dynamic"), ("vae", "decode", "none")):
         model = random_model(makers[component], device)
-        quantize_component(model, method, str(family.role(component))) if method != "none" else None
+        if method != "none":
+            quantize_component(model, method, str(family.role(component)))
         with torch.no_grad():
             run_of(model, component, phase, family.forwards, Size(512, 512), device)()
         del model
     _emptied(device)
-    free, total = torch.cuda.mem_get_info()
-    reserved = torch.cuda.memory_reserved()
-    return {"weights_bytes": 0, "held_bytes": reserved, "allocated_bytes": total - free - reserved, "reserved_bytes": None}
+    return {"context_bytes": free_before - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()}
 
 
 def components_of(geometry: str) -> tuple[Family, Mapping[str, Callable[[], nn.Module]]]:

@@ -21,14 +21,15 @@ from .results import Row, read_rows, write_text
 GIB: Final = 1024**3
 MARGIN_BYTES: Final = 48 * 1024**2
 """Added to what the points that are fitted need, for those that are not."""
-_FACTORS: Final = tuple(1 + step / 100 for step in range(41))
+_FACTORS: Final = tuple(1 + step / 100 for step in range(101))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured point with what is counted for it, in bytes."""
+    """A measured point of a class of models with what is counted for it, in bytes."""
 
     case: Case
+    class_name: str
     counted: int
     measured: int
 
@@ -43,7 +44,8 @@ def points(rows: Sequence[Row]) -> list[Point]:
     for row in tqdm(rows, desc="Counting", unit="point", disable=len(rows) < 20):
         case = Case(**{field.name: row[field.name] for field in fields(Case)})
         if case.component != CONTEXT and row.get("allocated_bytes") is not None:
-            found.append(Point(case, counted(case), row["allocated_bytes"]))
+            kind = type(_model(case.geometry, case.component)[2]).__name__
+            found.append(Point(case, kind, counted(case), row["allocated_bytes"]))
     return sorted(found, key=lambda point: repr(point.case))
 
 
@@ -72,18 +74,22 @@ def fit(path: Path) -> Constants:
         ValueError: if the file holds no point that was measured on a GPU.
     """
     rows = read_rows(path)
-    context = [row["allocated_bytes"] for row in rows if row["component"] == CONTEXT and row.get("allocated_bytes")]
+    context = [row["context_bytes"] for row in rows if row.get("context_bytes")] or [constants().context_bytes]
     fitted, _ = split(points(rows))
-    if not context or {point.case.phase for point in fitted} != set(PHASES):
+    if {point.case.phase for point in fitted} != set(PHASES):
         raise ValueError(f"{str(path)!r} does not hold the points of a GPU that a fit needs: run bench calibrate -o {path} there")
-    phases = {phase: correction([point for point in fitted if point.case.phase == phase]) for phase in PHASES}
-    found = constants().model_copy(update={"context_bytes": context[0], "phases": phases})
+    phases = {phase: correction([point for point in fitted if point.case.phase == phase]) for phase in PHASES[:2]}
+    decodes = [point for point in fitted if point.case.phase == "decode"]
+    kinds = sorted({point.class_name for point in decodes})
+    decoders = {kind: correction([point for point in decodes if point.class_name == kind]) for kind in kinds}
+    phases["decode"] = max(decoders.values(), key=lambda one: one.factor)
+    found = constants().model_copy(update={"context_bytes": context[0], "phases": phases, "decoders": decoders})
     write_text(PATH, json.dumps(found.model_dump(), indent=2) + "\n")
     return found
 
 
 def correction(found: Sequence[Point]) -> Correction:
-    """The factor and the bytes that cover every point, and exceed the one that they exceed most by the least."""
+    """The factor, from 1 to 2, and the bytes that cover every point, and exceed the one that they exceed most by the least."""
 
     def excess(factor: float) -> tuple[float, int]:
         extra = max(0, int(max(point.measured - factor * point.counted for point in found))) + MARGIN_BYTES

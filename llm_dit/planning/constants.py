@@ -39,6 +39,7 @@ class Constants(BaseModel):
     Attributes:
         context_bytes: what CUDA and the kernels take of the card before a tensor is there.
         phases: by phase ("encode", "denoise", "decode"), what workspaces add to the activations.
+        decoders: the same for the decode of a class of VAE that was measured; cuDNN takes more for some than for others.
         load: what loading takes beside the weights.
         slack: share of weights and activations that the allocator holds and cannot use.
     """
@@ -47,8 +48,14 @@ class Constants(BaseModel):
 
     context_bytes: int
     phases: dict[str, Correction]
+    decoders: dict[str, Correction]
     load: LoadCost
     slack: float
+
+    def correct(self, phase: str, class_name: str, counted: int) -> int:
+        """Bytes to expect of a component of that class, where so many are counted."""
+        found = self.decoders.get(class_name) if phase == "decode" else None
+        return (found or self.phases[phase]).apply(counted)
 
 
 @cache
