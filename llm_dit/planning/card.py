@@ -1,4 +1,4 @@
-"""Classes of cards: what decides between methods, for a card that is not at hand. Imports nothing heavy."""
+"""Classes of cards: what decides between methods, for a card that is not at hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..names import check_name
+from ..quantization.hardware import FP8_CAPABILITY
 
 _UNITS: Final = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "": 10**9}
-_FP8: Final = (8, 9)
-"""The first with fp8 tensor cores, as `llm_dit.quantization.hardware` says."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class Card:
 
     @property
     def has_fp8(self) -> bool:
-        return self.capability is not None and self.capability >= _FP8
+        return self.capability is not None and self.capability >= FP8_CAPABILITY
 
 
 def _gb(count: int) -> int:
     return count * 2**30
 
 
-ANY_CARD: Final = Card("any-fp8", _FP8)
+ANY_CARD: Final = Card("any-fp8", FP8_CAPABILITY)
 """What is planned for where only a budget is given: any card with fp8 tensor cores at full rate."""
 CPU: Final = Card("CPU", None)
 _ROWS: Final = (

@@ -93,7 +93,7 @@ def page(plans: Sequence[Plan], command: str) -> str:
         command,
         "```",
         "",
-        f"For {plans[0].card.name}, with the sizes that each family's script makes: "
+        f"For `--card {plans[0].card.name}`, with the sizes that each family's script makes: "
         + "; ".join(dict.fromkeys(f"{plan.source} {plan.size}" for plan in plans))
         + ". A GB is 10^9 bytes, as on the box of a card; CUDA's own share is counted in. `peak` is the most that the device is "
         "expected to hold, `host` the memory of the process beside, `loss` the expected LPIPS to the picture of the bf16 model. "
