@@ -314,7 +314,7 @@ def _what_would(
         if one.peak.device <= budget:
             yield f"{smaller} would fit, with {one.candidate}"
             return
-    yield "no smaller size would: the weights alone are too much"
+    yield "no smaller size would fit"
 
 
 def _smaller(sizes: PipelineSizes, size: Size) -> Iterator[Size]:
