@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from .cli_bench import bench_app
+from .cli_plan import plan
 from .terminal import METHODS_HELP, console, print_plain
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(plan)
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A folder or a repository id.")]
 Quantization = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}; or auto.")]
 ForTransformer = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}.")]
@@ -108,6 +110,7 @@ def generate(
     context_parallel: Annotated[
         str, typer.Option(help="ulysses or ring: one picture on the GPUs of all processes that torchrun starts.")
     ] = "",
+    vram: Annotated[str | None, typer.Option(help="With --quantization auto: the memory to stay inside of, e.g. 12GB.")] = None,
 ) -> None:
     """Generate an image or a clip, or a list of them."""
     from .families import get_family
@@ -139,7 +142,8 @@ def generate(
         encoder_file,
         activation_scale,
     )
-    load |= {k: v for k, v in {"compile": compile, "compile_mode": compile_mode}.items() if v is not None}
+    more = {"compile": compile, "compile_mode": compile_mode, "vram_budget": vram}
+    load |= {name: value for name, value in more.items() if value is not None}
     call = {
         "negative_prompt": negative_prompt,
         "height": height,
@@ -356,7 +360,7 @@ def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any =
     """Runs an app; a failure is one line on standard error and exit code 2, never a traceback."""
     _quiet_imports()
     try:
-        typer_app(args=args, standalone_mode=False, obj=obj)
+        code = typer_app(args=args, standalone_mode=False, obj=obj)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -368,7 +372,7 @@ def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any =
         else:
             print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    raise SystemExit(0)
+    raise SystemExit(code if isinstance(code, int) else 0)  # of a typer.Exit, which comes back as a result
 
 
 def _fail(error: Exception) -> None:

@@ -119,6 +119,55 @@ def lora(
 
 
 @bench_app.command()
+def calibrate(
+    geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3 ..., or a tiny one; repeatable; all.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Points measured at once, 5 to 20 GB of the card each.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 300,
+    fit: Annotated[Path | None, typer.Option(help="Measure nothing: write the constants that these results give.")] = None,
+) -> None:
+    """Device memory of single components by size and method: what the planner's constants come from."""
+    from .bench.calibrate import plan
+    from .bench.results import report
+
+    if fit is not None:
+        from .bench.fit import fit as fitted
+
+        print_plain(fitted(fit).model_dump_json(indent=2))
+        return
+    report(plan(geometry or (), jobs, timeout), print_plain, output, table, None, again)
+
+
+@bench_app.command()
+def budgets(
+    model: Annotated[
+        list[str] | None, typer.Option(help="klein-4b, flux2-dev ..., or with --vram a tiny one; repeatable.")
+    ] = None,
+    vram: Annotated[str | None, typer.Option(help="Another budget than the one each model is promised in.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the pipelines lie while they run: up to 45 GB.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 2,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a process is given up.")] = 400,
+) -> None:
+    """Whole pipelines in the budgets that their plans promise, and plain diffusers in the same."""
+    import tempfile
+
+    from .bench.budgets import Options, plan
+    from .bench.results import report
+
+    options = Options(folder or Path(tempfile.gettempdir()) / "llm-dit-bench-budgets", steps, timeout)
+    report(plan(model or (), vram, options), print_plain, output, table, None, again)
+
+
+@bench_app.command()
 def quality(
     source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
     methods: Annotated[str, typer.Option(help="Methods of the transformer, separated by commas.")] = "int8,fp8-dynamic,int4",

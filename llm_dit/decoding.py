@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .building import default_dtype
 from .quantization.activations import peak_activation_bytes
 from .quantization.report import format_bytes
 
@@ -96,8 +97,8 @@ class FittedDecode:
     def _count(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut) -> int:
         vae: Any = self._vae()
         if self._twin is None:
-            with torch.device("meta"):
-                self._twin = type(vae).from_config(vae.config).to(vae.dtype).eval()
+            with torch.device("meta"), default_dtype(vae.dtype):
+                self._twin = type(vae).from_config(vae.config).eval()
         batch = 1 if cut.sliced else z.shape[0]
         side = cut.tile // _compression(vae) if cut.tile else max(z.shape)
         frames = _frames(vae) if cut.framewise else max(z.shape)
@@ -127,7 +128,7 @@ class FittedDecode:
             chosen, whole = cut, whole or needed
             if needed <= free:
                 break
-        _apply(vae, chosen)
+        apply_cut(vae, chosen)
         if chosen != WHOLE:
             told = (
                 f"decoding {'x'.join(map(str, z.shape))} takes {format_bytes(whole)} and {format_bytes(free)} are free: "
@@ -201,7 +202,8 @@ def _tensors(result: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if torch.is_tensor(leaf)]
 
 
-def _apply(vae: Any, cut: Cut) -> None:
+def apply_cut(vae: Any, cut: Cut) -> None:
+    """Sets how a VAE cuts its decodes."""
     vae.use_slicing = cut.sliced
     vae.use_tiling = bool(cut.tile)
     if hasattr(vae, "use_framewise_decoding"):

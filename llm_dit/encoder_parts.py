@@ -25,7 +25,10 @@ def load_read_parts(entry: tuple[str, str], source: str, name: str, unread: Unre
     # The parts are taken off where transformers makes the model, on meta, before it looks for their weights.
     partly: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__init__": _init_without(cls, unread)})
     config = transformers.AutoConfig.from_pretrained(source, subfolder=name, **hub_keywords(keywords))
-    partly._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or ()), *_patterns(unread, config)]
+    partly._keys_to_ignore_on_load_unexpected = [
+        *(cls._keys_to_ignore_on_load_unexpected or ()),
+        *unread_patterns(unread, config),
+    ]
     model = partly.from_pretrained(source, subfolder=name, **keywords)
     model.__class__ = cls
     return model
@@ -39,7 +42,7 @@ def _init_without(cls: Any, unread: Unread) -> Any:
     return init
 
 
-def _patterns(unread: Unread, config: Any) -> list[str]:
+def unread_patterns(unread: Unread, config: Any) -> list[str]:
     """What the names of the weights that are left in the folder look like."""
     count = config.get_text_config().num_hidden_layers
     above = "|".join(map(str, range(unread.layers_read(count), count)))

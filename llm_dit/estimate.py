@@ -113,18 +113,18 @@ def estimate_pipeline(
     Raises:
         ValueError: if `source` is none of these.
     """
-    cls, makers = _components(source, dtype, hub)
+    cls, makers = component_makers(source, dtype, hub)
     components, reading = [], []
     for name, make in makers.items():
         role = cls.component_role(name)
         if role is None:
             continue
         model, saved = make()
-        components.append(_estimate(name, role, model, saved, granularity, skip_patterns, dtype))
+        components.append(estimate_component(name, role, model, saved, granularity, skip_patterns, dtype))
         part = cls.family.parts.get(name)
         if role == "encoder" and part is not None and part.unread.in_folders and not saved:
             take_off_unread(model, part.unread)
-            reading.append(_estimate(name, role, model, saved, granularity, skip_patterns, dtype))
+            reading.append(estimate_component(name, role, model, saved, granularity, skip_patterns, dtype))
     freed = tuple(name for name in cls.family.encoding.encoders if name in makers)
     return PipelineEstimate(source, diffusers_class(cls).__name__, tuple(components), tuple(reading), freed)
 
@@ -133,9 +133,10 @@ Maker = Callable[[], tuple[nn.Module, int]]
 """Builds a component on meta; the second value is the bytes of its files if it was saved quantized, else 0."""
 
 
-def _components(
+def component_makers(
     source: str, dtype: torch.dtype, hub: Mapping[str, Any]
 ) -> tuple[type[QuantizablePipelineMixin], dict[str, Maker]]:
+    """The class of a pipeline, and what makes its components; `source` and errors as in `estimate_pipeline`."""
     published = published_models()
     classes = pipeline_classes()
     key = source if source.startswith("Quantizable") else f"Quantizable{source}"
@@ -193,7 +194,7 @@ def _file_bytes(path: Path) -> int:
     return sum(read_header(file).nbytes for file in path.glob("*.safetensors"))
 
 
-def _estimate(
+def estimate_component(
     name: str,
     role: str,
     model: nn.Module,
@@ -202,6 +203,7 @@ def _estimate(
     skip_patterns: Sequence[str],
     dtype: torch.dtype,
 ) -> ComponentEstimate:
+    """The bytes of a component on meta under every method that can be used on it."""
     methods = {}
     for method in VALID_METHODS:
         if role == "vae" and method not in ("none", "int8"):

@@ -101,12 +101,19 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded."""
     device = _device(options)
     on_device = options.offload == "none" and device != "cpu"
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    planned = options.load.get("quantization") == "auto"
+    if planned and options.offload != "none":
+        raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
+    on_device = options.offload == "none" and device != "cpu" and not planned
     keywords = {"torch_dtype": torch.bfloat16, **options.load}
     pipe = load_pipeline(options.model, **({"device_map": device} if on_device else {}), **keywords)
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif options.offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
+    elif planned and not pipe.planned:
+        pipe.to(device)
     return pipe
 
 

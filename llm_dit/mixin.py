@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -51,6 +51,9 @@ from .quantization.torchao_tensors.staging import release_staging
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import SavingMixin, refuse_unfinished
 
+if TYPE_CHECKING:
+    from .planning.measured import Recorder
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +67,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
     family: ClassVar[Family]
     _report: QuantizationReport | None = None
     _later_notes: Mapping[str, tuple[str, ...]] = {}
+    _recorder: Recorder | None = None
 
     @classmethod
     def from_pretrained(
@@ -84,6 +88,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         config: str | PathLike[str] | RuntimeConfig | None = None,
         compile: bool | None = None,
         compile_mode: str | None = None,
+        vram_budget: str | int | None = None,
         **kwargs: Any,
     ) -> Self:
         """Loads a pipeline, quantizing its components as they are read.
@@ -104,6 +109,9 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
                 (29 % of FLUX.2-klein-9B's); the pictures are the same. Upsampling prompts needs all.
             config: the path of a config.toml, or a `RuntimeConfig`; keyword arguments win over it.
             compile, compile_mode: compile the transformer's repeated blocks (False and "default" if no `config` says else).
+            vram_budget: with quantization="auto", the device memory to stay inside of, e.g. "24GB" (10^9 bytes each) or a number
+                of bytes; what is free of the GPU if it is not given. The pipeline is planned, loaded, placed and, where the plan
+                says so, offloaded; `quantization_report` compares the plan with what was measured.
             **kwargs: everything else means what it means in diffusers, except that `torch_dtype` defaults to bfloat16
                 when something is quantized.
 
@@ -129,7 +137,12 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             config,
             compile,
             compile_mode,
+            vram_budget,
         )
+        if quantization == "auto":
+            from .planning.auto import load_auto  # plans know the pipelines, which are made of this module
+
+            return load_auto(cls, str(pretrained_model_name_or_path), options, kwargs)
         return cls._load(str(pretrained_model_name_or_path), options, kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -213,7 +226,14 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             reports = (inspect_component(n, self.component_role(n), model) for n, model in models_of(self).items())
             self._report = QuantizationReport(tuple(reports), detect_hardware().name)
         told = [f"{name}: {line}" for name, model in models_of(self).items() for line in told_of_decoding(model)]
+        if self._recorder is not None:
+            told += self._recorder.lines({part.name: part.bytes_after for part in self._report})
         return replace(self._report, notes=(*self._report.notes, *told)) if told else self._report
+
+    @property
+    def planned(self) -> bool:
+        """True if quantization="auto" made a plan, which says where everything is."""
+        return self._recorder is not None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from .families.base import Family
 from .graphs import GraphedForward
 from .names import CONTEXT_PARALLEL, check_name
-from .splitting import Keywords, Share, Splitting
+from .splitting import Arguments, Share, Splitting
 
 ALONE: Final = "context parallelism needs several processes: start them with torchrun --nproc-per-node N"
 RING_BACKEND: Final = "_native_cudnn"
@@ -112,7 +112,7 @@ def _split(transformer: Any, splitting: Splitting, share: Share, device: torch.d
         _find_parameters(module)
 
 
-def _prepare(module: nn.Module, change: Callable[[Keywords, Share], Keywords], share: Share) -> None:
+def _prepare(module: nn.Module, change: Callable[[Arguments, Share], Arguments], share: Share) -> None:
     """Lets `change` replace arguments of every call of a module."""
     names = tuple(inspect.signature(type(module).forward).parameters)[1:]
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .estimate import PipelineEstimate
+from .planning.candidates import SMALL_VAE_BYTES
 from .quantization import Hardware, get_method
 from .quantization.report import format_bytes
 
 WEIGHTS_SHARE = 0.75
 """Share of the card's memory that weights may take; the rest is for activations and the allocator."""
-SMALL_VAE_BYTES = 1024**3
-"""Below this a VAE's weights are a small part of any card; its activations, which int8 does not shrink, are the memory."""
 
 
 @dataclass(frozen=True)

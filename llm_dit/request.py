@@ -22,7 +22,7 @@ from .names import (
     check_name,
     nearest,
 )
-from .quantization import PipelineQuantConfig, get_method, get_recommended_method
+from .quantization import PipelineQuantConfig, get_method
 
 Quantization = str | Mapping[str, str] | PipelineQuantConfig
 
@@ -45,6 +45,11 @@ class LoadOptions:
     config: str | PathLike[str] | RuntimeConfig | None = None
     compile: bool | None = None
     compile_mode: str | None = None
+    vram_budget: str | int | None = None
+    planned: bool = False
+    """True where these options are those of a plan for `vram_budget`."""
+    notes: tuple[str, ...] = ()
+    """What the report should say about how the options came about."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,9 @@ class LoadRequest:
         config, section = _configured(options.config, family)
         base = config if config is not None else PipelineQuantConfig()
         methods: dict[str, str] = {role: getattr(base, role) for role in COMPONENT_TYPES}
-        given, notes = _given_methods(options, components)
+        given, notes = _given_methods(options, components), options.notes
+        if options.vram_budget is not None and options.quantization != "auto" and not options.planned:
+            raise ValueError("vram_budget is what quantization='auto' plans for: give both, or neither")
         methods.update(given)
         if isinstance(options.quantization, PipelineQuantConfig):
             base = options.quantization
@@ -165,10 +172,9 @@ def _configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, P
     return config.get_pipeline_quant_config(family), config.section(family)
 
 
-def _given_methods(options: LoadOptions, components: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Methods that keyword arguments name, by role or component, and notes on how they were chosen."""
+def _given_methods(options: LoadOptions, components: tuple[str, ...]) -> dict[str, str]:
+    """Methods that keyword arguments name, by role or component."""
     methods: dict[str, str] = {}
-    notes: tuple[str, ...] = ()
     given = options.quantization
     if isinstance(given, PipelineQuantConfig):
         methods = {role: getattr(given, role) for role in COMPONENT_TYPES}
@@ -177,16 +183,13 @@ def _given_methods(options: LoadOptions, components: tuple[str, ...]) -> tuple[d
         for name, method in given.items():
             check_name(name, valid, "key in quantization")
             methods[name] = get_method(method, f"method for {name!r} in quantization").name
-    elif given == "auto":
-        methods["transformer"] = get_recommended_method()
-        notes = (f"quantization='auto' chose {methods['transformer']} for the transformer, by the hardware",)
     elif given is not None:
         methods["transformer"] = get_method(given, "quantization").name
     for role in COMPONENT_TYPES:
         own = getattr(options, f"quantization_{role}")
         if own is not None:
             methods[role] = get_method(own, f"quantization_{role}").name
-    return methods, notes
+    return methods
 
 
 def _unsaid(given: Quantization | None) -> set[str]:

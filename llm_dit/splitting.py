@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-Keywords = Mapping[str, Any]
+Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Share:
         if tokens % self.count:
             raise ValueError(f"{tokens} {what} tokens cannot be split evenly between {self.count} processes: {instead}")
 
-    def refuse(self, keywords: Keywords, *names: str) -> None:
+    def refuse(self, keywords: Arguments, *names: str) -> None:
         """Raises ValueError if any of these arguments of the transformer is given."""
         for name in names:
             if keywords.get(name) is not None:
@@ -59,8 +59,8 @@ class Splitting:
     """
 
     plan: Callable[[Any], Mapping[str, Any]]
-    prepare: Callable[[Keywords, Share], Keywords]
-    prepare_block: Callable[[Keywords, Share], Keywords] | None = None
+    prepare: Callable[[Arguments, Share], Arguments]
+    prepare_block: Callable[[Arguments, Share], Arguments] | None = None
 
 
 def diffusers_plan(transformer: Any) -> Mapping[str, Any]:

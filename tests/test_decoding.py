@@ -9,7 +9,7 @@ from conftest import generate
 from torch import nn
 
 from llm_dit import decoding, load_pipeline
-from llm_dit.decoding import TILES, WHOLE, WORKSPACE, Cut, FittedDecode, _apply, fit_decoding
+from llm_dit.decoding import TILES, WHOLE, WORKSPACE, Cut, FittedDecode, apply_cut, fit_decoding
 from llm_dit.families import published_models
 from llm_dit.quantization.activations import peak_activation_bytes
 from llm_dit.tiny import build
@@ -94,9 +94,9 @@ def test_the_count_of_a_part_covers_the_tiled_decode(model):
     keywords = {"return_dict": False, **({"temb": None} if model == "ltx-2.3" else {})}
     for cut in (Cut(sliced=True), Cut(True, 384), Cut(False, 384)):
         estimate = FittedDecode(vae).needed_bytes(z, cut=cut, **keywords) - WORKSPACE
-        _apply(vae, cut)
+        apply_cut(vae, cut)
         exact = peak_activation_bytes(lambda: vae.decode(z, **keywords))
-        _apply(vae, WHOLE)
+        apply_cut(vae, WHOLE)
         assert exact <= estimate <= 1.6 * exact, cut
 
 

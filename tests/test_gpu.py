@@ -103,7 +103,7 @@ def test_the_recommendation_fits_the_card(tiny):
 
     assert get_recommended_method() == ("fp8-dynamic" if check_fp8_support() else "int8")
     pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16, device_map="cuda", quantization="auto")
-    assert pipe.quantization_report["transformer"].method == get_recommended_method()
+    assert pipe.quantization_report["transformer"].method == "none"  # of which the card has plenty
 
 
 @pytest.mark.parametrize("method", ["fp8-dynamic", "fp8-weight-only"])

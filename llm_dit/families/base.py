@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..checkpoints.names import OfficialName, Part, encoder_part
+from ..forwards import Forwards
 from ..splitting import Splitting
 
 COMMON_ROLES: Final[Mapping[str, str]] = {"text_encoder": "encoder", "transformer": "transformer", "vae": "vae"}
@@ -78,6 +79,7 @@ class Family:
         title: name for people.
         generation: defaults of its script.
         encoding: how prompts become arguments of a call.
+        forwards: what the pipelines give their components, by size.
         extra_roles: roles of components besides `COMMON_ROLES`, by component name.
         casts_latents: the pipelines cast latents to the VAE's dtype, so that a float32 VAE beside bfloat16 works.
         published: the published models.
@@ -91,6 +93,7 @@ class Family:
     title: str
     generation: Generation
     encoding: Encoding
+    forwards: Forwards
     extra_roles: Mapping[str, str] = field(default_factory=dict)
     casts_latents: bool = True
     published: tuple[Published, ...] = ()

@@ -8,6 +8,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLFlux2,
     DiffusionPipeline,
@@ -20,9 +21,10 @@ from diffusers import (
 
 from ..checkpoints.encoders import PRUNED, Unread
 from ..checkpoints.names import OfficialName, Part, encoder_part
+from ..forwards import Forwards, Keywords, Size, image_latents, noise, prompt_tokens
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import mistral_small_24b, qwen3_4b, qwen3_8b
-from ..splitting import Keywords, Share, Splitting, diffusers_plan
+from ..splitting import Arguments, Share, Splitting, diffusers_plan
 from .base import Encoding, Family, Generation, Published
 
 _KLEIN_4B = partial(
@@ -113,12 +115,44 @@ def _official_name(name: str) -> OfficialName:
     return OfficialName(f"{'single' if single else 'double'}_blocks.{index}.{theirs}.{parameter}", place)
 
 
-def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+def _split_arguments(keywords: Arguments, share: Share) -> Arguments:
     share.refuse(keywords, "kv_cache", "kv_cache_mode")
     share.check(keywords["hidden_states"].shape[1], "image", f"give height and width that are multiples of {16 * share.count}")
     share.check(keywords["encoder_hidden_states"].shape[1], "text", "give a max_sequence_length that can be")
     return {}
 
+
+def _step(model: Any, device: torch.device, size: Size) -> Keywords:
+    """`Flux2KleinPipeline.__call__` and `Flux2Pipeline.__call__`: 16 x 16 pixels a token; references come after the picture."""
+    latents = noise(device, size.batch, model.config.in_channels, size.height // 16, size.width // 16)
+    prompt = noise(device, size.batch, size.text or _TEXT_TOKENS, model.config.joint_attention_dim, seed=2)
+    tokens, ids = latents.flatten(2).transpose(1, 2), Flux2KleinPipeline._prepare_latent_ids(latents).to(device)
+    if size.references:
+        count = size.references * (size.reference_pixels // 256)
+        tokens = torch.cat([tokens, noise(device, size.batch, count, model.config.in_channels, seed=3)], dim=1)
+        ids = torch.cat([ids, ids.new_zeros(size.batch, count, ids.shape[-1])], dim=1)
+    return {
+        "hidden_states": tokens.contiguous(),
+        "timestep": torch.full((size.batch,), 0.7, dtype=torch.bfloat16, device=device),
+        "guidance": torch.full((size.batch,), 4.0, device=device) if model.config.guidance_embeds else None,
+        "encoder_hidden_states": prompt,
+        "txt_ids": Flux2KleinPipeline._prepare_text_ids(prompt).to(device),
+        "img_ids": ids,
+        "joint_attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def _encode(model: Any, device: torch.device, size: Size) -> Any:
+    """`_get_qwen3_prompt_embeds`, `_get_mistral_3_small_prompt_embeds`: three of all hidden states, side by side."""
+    tokens = prompt_tokens(device, size.batch, size.text or _TEXT_TOKENS)
+    states = model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
+    out = torch.stack([states[(len(states) - 1) * quarter // 4] for quarter in (1, 2, 3)], dim=1)
+    return out.permute(0, 2, 1, 3).reshape(size.batch, tokens["input_ids"].shape[1], -1)
+
+
+_TEXT_TOKENS = 512
+"""`max_sequence_length` of the pipelines, to which they pad."""
 
 FAMILY = Family(
     name="flux2",
@@ -126,6 +160,7 @@ FAMILY = Family(
     official_name=_official_name,
     parts={"transformer": Part(), "text_encoder": encoder_part(_UNREAD)},
     encoding=Encoding(("prompt_embeds", None)),
+    forwards=Forwards(_step, image_latents, {"text_encoder": _encode}, most_references=10),
     generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
     casts_latents=False,
     splitting={"Flux2Transformer2DModel": Splitting(diffusers_plan, _split_arguments)},

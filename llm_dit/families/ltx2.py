@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
@@ -26,9 +27,10 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2Vocode
 
 from ..checkpoints.layout import PREFIXES
 from ..checkpoints.names import OfficialName, Part, encoder_part
+from ..forwards import FRAME_RATE, Forwards, Keywords, Size, noise, prompt_tokens
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import gemma3_12b
-from ..splitting import Keywords, Share, Splitting
+from ..splitting import Arguments, Share, Splitting
 from .base import Encoding, Family, Generation, Published
 
 _TRANSFORMER_2_3 = partial(
@@ -197,7 +199,7 @@ def _split_plan(transformer: Any) -> Mapping[str, Any]:
     }
 
 
-def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+def _split_arguments(keywords: Arguments, share: Share) -> Arguments:
     """The connectors leave no padding, so that their masks say nothing; timesteps of single tokens are split as tokens are."""
     share.refuse(keywords, "video_self_attention_mask")
     tokens = keywords["hidden_states"].shape[1]
@@ -218,6 +220,65 @@ def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
     return changed
 
 
+_TEXT_TOKENS = 1024
+"""`max_sequence_length` of the pipelines, to which they pad."""
+_KEPT = 3 * _TEXT_TOKENS * 3840 * 49 * 2
+"""Every hidden state of Gemma-3-12B, of the negative prompt once and of both in one tensor: locals of the pipeline's call."""
+_AUDIO_RATE = 25.0
+"""Audio latents a second: 16,000 samples, of which 160 make a column of the spectrogram, and four of those a latent."""
+
+
+def _step(model: Any, device: torch.device, size: Size) -> Keywords:
+    """`LTX2Pipeline.__call__`: coordinates made once; the connectors leave a mask of ones."""
+    config, batch, text = model.config, size.batch, size.text or _TEXT_TOKENS
+    frames, height, width = (size.frames - 1) // 8 + 1, size.height // 32, size.width // 32
+    audio = round(size.frames / FRAME_RATE * _AUDIO_RATE)
+    projected = config.caption_channels if config.use_prompt_embeddings else 0  # 2.3 projects in its connectors
+    timestep = torch.full((batch,), 700.0, device=device)
+    mask = torch.ones((batch, text), dtype=torch.int64, device=device)
+    return {
+        "hidden_states": noise(device, batch, frames * height * width, config.in_channels),
+        "audio_hidden_states": noise(device, batch, audio, config.audio_in_channels, seed=2),
+        "encoder_hidden_states": noise(device, batch, text, projected or config.cross_attention_dim, seed=3),
+        "audio_encoder_hidden_states": noise(device, batch, text, projected or config.audio_cross_attention_dim, seed=4),
+        "timestep": timestep,
+        "sigma": timestep,
+        "encoder_attention_mask": mask,
+        "audio_encoder_attention_mask": mask,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fps": FRAME_RATE,
+        "audio_num_frames": audio,
+        "video_coords": model.rope.prepare_video_coords(batch, frames, height, width, device, fps=FRAME_RATE),
+        "audio_coords": model.audio_rope.prepare_audio_coords(batch, audio, device),
+        "isolate_modalities": False,
+        "spatio_temporal_guidance_blocks": None,
+        "perturbation_mask": None,
+        "use_cross_timestep": True,
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def _encode(model: Any, device: torch.device, size: Size) -> Any:
+    """`_get_gemma_prompt_embeds`: all hidden states side by side, while the model's outputs are still there."""
+    outputs = model(**prompt_tokens(device, size.batch, size.text or _TEXT_TOKENS), output_hidden_states=True)
+    return torch.stack(outputs.hidden_states, dim=-1).flatten(2, 3)
+
+
+def _connect(model: Any, device: torch.device, size: Size) -> Any:
+    """`LTX2Pipeline.__call__`: both prompts in one batch."""
+    batch, text, config = 2 * size.batch, size.text or _TEXT_TOKENS, model.config
+    prompts = noise(device, batch, text, config.caption_channels * config.text_proj_in_factor)
+    return model(prompts, torch.ones((batch, text), dtype=torch.int64, device=device), padding_side="left")
+
+
+def _latents(vae: Any, device: torch.device, size: Size) -> Keywords:
+    shape = (vae.config.latent_channels, (size.frames - 1) // 8 + 1, size.height // 32, size.width // 32)
+    return {"z": noise(device, size.batch, *shape), "temb": None, "return_dict": False}
+
+
 FAMILY = Family(
     name="ltx2",
     title="LTX-2",
@@ -236,6 +297,15 @@ FAMILY = Family(
     },
     encoding=Encoding(
         ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"), together=True
+    ),
+    forwards=Forwards(
+        _step,
+        _latents,
+        {"text_encoder": _encode, "connectors": _connect},
+        pixels_per_token=32,
+        guided_batch=2,
+        kept=_KEPT,
+        frames_step=8,
     ),
     generation=Generation(
         {"num_inference_steps": 40, "guidance_scale": 4.0, "height": 512, "width": 768, "num_frames": 121},

@@ -24,9 +24,10 @@ from diffusers import (
 )
 from torch.nn.functional import pad
 
+from ..forwards import Forwards, Keywords, Size, noise, prompt_tokens
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen2_5_vl_7b, qwen3_vl_8b
-from ..splitting import Keywords, Share, Splitting, diffusers_plan
+from ..splitting import Arguments, Share, Splitting, diffusers_plan
 from .base import Encoding, Family, Generation, Published
 
 
@@ -37,7 +38,7 @@ def _split_plan(transformer: Any) -> Mapping[str, Any]:
     return {**plan, "transformer_blocks.*": blocks}
 
 
-def _whole_mask(keywords: Keywords, share: Share) -> Keywords:
+def _whole_mask(keywords: Arguments, share: Share) -> Arguments:
     """The mask of the whole sequence as it lies after the exchange of heads: of each process in turn, its text and its image.
 
     A mask that is split has to be gathered in every block. Its end, the last process's image, is added by the attention itself.
@@ -51,7 +52,7 @@ def _whole_mask(keywords: Keywords, share: Share) -> Keywords:
     return {"encoder_hidden_states_mask": torch.cat(parts[:-1], dim=1)}
 
 
-def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+def _split_arguments(keywords: Arguments, share: Share) -> Arguments:
     """A text of any length is padded to one that can be split, and the padding masked."""
     share.refuse(keywords, "controlnet_block_samples")
     share.check(keywords["hidden_states"].shape[1], "image", f"give height and width that are multiples of {16 * share.count}")
@@ -68,12 +69,52 @@ def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
     }
 
 
+_TEXT_TOKENS = 1024
+"""`max_sequence_length` of the pipelines; a shorter prompt is not padded."""
+_TEMPLATE_TOKENS = 34
+"""`prompt_template_encode_start_idx`: the instruction before the prompt, cut off after encoding."""
+
+
+def _step(model: Any, device: torch.device, size: Size) -> Keywords:
+    """`QwenImagePipeline.__call__`, and `QwenImageEditPlusPipeline.__call__` with references.
+
+    The mask of a prompt without padding is None there.
+    """
+    shapes = [(1, size.height // 16, size.width // 16)]
+    side = int(size.reference_pixels**0.5) // 16
+    shapes += [(1, side, side)] * size.references
+    tokens = sum(frames * height * width for frames, height, width in shapes)
+    return {
+        "hidden_states": noise(device, size.batch, tokens, model.config.in_channels),
+        "timestep": torch.full((size.batch,), 0.7, dtype=torch.bfloat16, device=device),
+        "guidance": None,
+        "encoder_hidden_states_mask": None,
+        "encoder_hidden_states": noise(device, size.batch, size.text or _TEXT_TOKENS, model.config.joint_attention_dim, seed=2),
+        "img_shapes": [shapes] * size.batch,
+        "attention_kwargs": {},
+        "return_dict": False,
+    }
+
+
+def _encode(model: Any, device: torch.device, size: Size) -> Any:
+    """`_get_qwen_prompt_embeds`: the last of all hidden states."""
+    tokens = prompt_tokens(device, size.batch, (size.text or _TEXT_TOKENS) + _TEMPLATE_TOKENS)
+    return model(**tokens, output_hidden_states=True).hidden_states[-1][:, _TEMPLATE_TOKENS:]
+
+
+def _latents(vae: Any, device: torch.device, size: Size) -> Keywords:
+    """The VAE is one of videos; an image is its first frame."""
+    side = vae.spatial_compression_ratio
+    return {"z": noise(device, size.batch, vae.config.z_dim, 1, size.height // side, size.width // side), "return_dict": False}
+
+
 FAMILY = Family(
     name="qwen_image",
     title="Qwen-Image",
     extra_roles={"controlnet": "transformer"},
     encoding=Encoding(("prompt_embeds", "prompt_embeds_mask"), negative=None),
     splitting={"QwenImageTransformer2DModel": Splitting(_split_plan, _split_arguments, _whole_mask)},
+    forwards=Forwards(_step, _latents, {"text_encoder": _encode}, most_references=3),
     generation=Generation(
         {"num_inference_steps": 50, "true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024},
         guidance_argument="true_cfg_scale",

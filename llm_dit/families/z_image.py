@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
     ZImageControlNetInpaintPipeline,
@@ -21,9 +22,10 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from ..checkpoints.encoders import Unread
 from ..checkpoints.names import OfficialName, Part, encoder_part
+from ..forwards import Forwards, Keywords, Size, image_latents, noise, prompt_tokens
 from ..mixin import QuantizablePipelineMixin
 from ..published_encoders import qwen3_4b_base
-from ..splitting import Keywords, Share, Splitting
+from ..splitting import Arguments, Share, Splitting
 from .base import Encoding, Family, Generation, Published
 
 
@@ -73,13 +75,35 @@ def _split_plan(transformer: Any) -> Mapping[str, Any]:
     return plan
 
 
-def _split_arguments(keywords: Keywords, share: Share) -> Keywords:
+def _split_arguments(keywords: Arguments, share: Share) -> Arguments:
     """Texts and pictures are padded to multiples of 32 tokens by the transformer itself."""
     share.refuse(keywords, "controlnet_block_samples", "siglip_feats")
     share.check(SEQ_MULTI_OF, "text and image", f"start a number of processes that divides {SEQ_MULTI_OF}")
     lengths = {-(-len(text) // SEQ_MULTI_OF) for text in keywords["cap_feats"]}
     share.refuse_masks(len(lengths) > 1)
     return {}
+
+
+_TEXT_TOKENS = 512
+"""`max_sequence_length` of the pipelines, to which they pad for encoding."""
+
+
+def _step(model: Any, device: torch.device, size: Size) -> Keywords:
+    """`ZImagePipeline.__call__`: lists of pictures and prompts, patches of 2 x 2 latents cut by the transformer itself."""
+    picture = (model.in_channels, 1, size.height // 8, size.width // 8)
+    return {
+        "x": [noise(device, *picture) for _ in range(size.batch)],
+        "t": torch.full((size.batch,), 0.3, device=device),
+        "cap_feats": [noise(device, size.text or _TEXT_TOKENS, model.config.cap_feat_dim, seed=2) for _ in range(size.batch)],
+        "joint_attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def _encode(model: Any, device: torch.device, size: Size) -> Any:
+    """`_encode_prompt`: all hidden states, of which the last but one is taken."""
+    tokens = prompt_tokens(device, size.batch, size.text or _TEXT_TOKENS)
+    return model(**tokens, output_hidden_states=True).hidden_states[-2]
 
 
 FAMILY = Family(
@@ -90,6 +114,7 @@ FAMILY = Family(
     parts={"transformer": Part(), "text_encoder": encoder_part(Unread(("lm_head",), layers_read=lambda count: count - 1))},
     splitting={"ZImageTransformer2DModel": Splitting(_split_plan, _split_arguments)},
     encoding=Encoding(("prompt_embeds", "negative_prompt_embeds"), together=True),
+    forwards=Forwards(_step, image_latents, {"text_encoder": _encode}),
     generation=Generation({"num_inference_steps": 9, "guidance_scale": 0.0, "height": 1024, "width": 1024}),
     published=(
         Published(
