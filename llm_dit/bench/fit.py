@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from ..decoding import WHOLE, Cut
 from ..planning.activations import PHASES, activation_bytes, make_on_meta
 from ..planning.constants import PATH, Constants, Correction, constants
+from ..writing import write_text
 from .calibrate import CONTEXT, Case, components_of
-from .results import Row, read_rows, write_text
+from .results import Row, read_rows
 
 GIB: Final = 1024**3
 MARGIN_BYTES: Final = 48 * 1024**2
