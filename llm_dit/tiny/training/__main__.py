@@ -33,7 +33,7 @@ def train(
     vae_batch: Annotated[int, typer.Option(min=1)] = 64,
     batch: Annotated[int, typer.Option(min=1)] = 512,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer's blocks.")] = True,
-    capture: Annotated[bool, typer.Option(help="Replay steps as a CUDA graph, where the model allows it.")] = True,
+    capture: Annotated[bool, typer.Option(help="On a GPU, replay steps as a CUDA graph.")] = True,
 ) -> None:
     """Trains one of the tiny models that are shipped."""
     drawn = draw_all(folder / "scenes", scenes)
@@ -48,10 +48,9 @@ def train(
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
             model.to(device)
-    captured = capture and course.captures
     pictures = drawn.on(device)
     train_autoencoder(
-        course, pipe.vae, pictures, Budget(vae_minutes, 1.5e-3, captured), folder / f"{name}-vae.safetensors", vae_batch
+        course, pipe.vae, pictures, Budget(vae_minutes, 1.5e-3, capture), folder / f"{name}-vae.safetensors", vae_batch
     )
     pipe.vae.eval()
     latents = course.set_statistics(pipe.vae, encode_all(course, pipe.vae, pictures))
@@ -63,7 +62,7 @@ def train(
     del pictures, latents
     if compile_blocks:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    train_denoiser(course, pipe, clean, drawn.captions, Budget(minutes, 2e-3, captured), folder / f"{name}.safetensors", batch)
+    train_denoiser(course, pipe, clean, drawn.captions, Budget(minutes, 2e-3, capture), folder / f"{name}.safetensors", batch)
     save(course, pipe, output or folder)
 
 

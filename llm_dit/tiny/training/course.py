@@ -46,14 +46,12 @@ class Course(ABC):
         call: the arguments its pipeline is called with, prompt and generator apart.
         text_length: L of `Tokens`.
         template: a caption in "{}" and what the pipeline puts around it.
-        captures: its steps can be captured in a CUDA graph.
     """
 
     name: ClassVar[str]
     call: ClassVar[Mapping[str, Any]]
     text_length: ClassVar[int]
     template: ClassVar[str]
-    captures: ClassVar[bool] = True
 
     @abstractmethod
     def build(self) -> DiffusionPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,8 +33,6 @@ class QwenImageCourse(Course):
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
         "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     )
-
-    captures = False  # the transformer copies the caption's length to the GPU at every call
 
     def build(self) -> DiffusionPipeline:
         return QwenImagePipeline(
@@ -71,16 +70,32 @@ class QwenImageCourse(Course):
         return QwenImagePipeline._pack_latents(normalized, *latents.shape)
 
     def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        states = pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-        side = int(noisy.shape[1] ** 0.5)
-        return pipe.transformer(
-            hidden_states=noisy,
-            timestep=sigma,
-            encoder_hidden_states=states[:, DROPPED:].to(noisy.dtype),
-            encoder_hidden_states_mask=mask[:, DROPPED:],
-            img_shapes=[[(1, side, side)]] * len(noisy),
-            return_dict=False,
-        )[0]
+        """The transformer's forward, and the whole text encoder's, copy lengths and positions to the GPU at every call.
+
+        That waits for it, and no CUDA graph can hold it; here they are made once.
+        """
+        model = pipe.transformer
+        encoder = pipe.text_encoder.model.language_model
+        states = encoder(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state[:, DROPPED:]
+        prompt, picture = model.txt_in(model.txt_norm(states.to(noisy.dtype))), model.img_in(noisy)
+        shared = model.time_text_embed(sigma.to(picture.dtype), picture)
+        key = int(noisy.shape[1] ** 0.5), prompt.shape[1], noisy.device
+        if key not in self._ropes:
+            side, length, device = key
+            self._ropes[key] = model.pos_embed([(1, side, side)], device=device, max_txt_seq_len=length)
+        for block in model.transformer_blocks:
+            prompt, picture = block(
+                hidden_states=picture,
+                encoder_hidden_states=prompt,
+                encoder_hidden_states_mask=mask[:, DROPPED:].bool(),
+                temb=shared,
+                image_rotary_emb=self._ropes[key],
+            )
+        return model.proj_out(model.norm_out(picture, shared))
+
+    @cached_property
+    def _ropes(self) -> dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]]:
+        return {}
 
 
 def _qwen25_vl() -> Qwen2_5_VLConfig:
