@@ -48,9 +48,9 @@ class Geometry:
     published: str = ""
 
 
-def of_size(geometry: Geometry, **size: int) -> Geometry:
-    """The geometry on inputs of another size, e.g. side=128, in the keywords of its row."""
-    return replace(geometry, inputs=partial(geometry.inputs, **size))
+def of_size(geometry: Geometry, size: Size) -> Geometry:
+    """The geometry on inputs of another size."""
+    return replace(geometry, inputs=partial(_step, geometry.family, size))
 
 
 def random_model(make: Callable[[], nn.Module], device: torch.device, seed: int = 0) -> nn.Module:

@@ -25,6 +25,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
 from ..families import get_family
+from ..forwards import Size
 from ..generate import GenerateOptions, call_arguments
 from ..names import check_name
 from ..parallel import process_group, split_transformer, use_own_device
@@ -217,9 +218,14 @@ class _Split:
         activate(model, case.mode)
         return model
 
+    def inputs(self, model: nn.Module, case: Case) -> Mapping[str, Any]:
+        """The arguments of a step of the case's size."""
+        size = Size(case.side * PIXELS_A_TOKEN, case.side * PIXELS_A_TOKEN, text=case.text)
+        return of_size(self.geometry, size).inputs(model, self.device)
+
     def step(self, model: nn.Module, case: Case) -> tuple[Timing, Tensor]:
         """Times a forward, and the latents that a few steps from noise arrive at."""
-        inputs = of_size(self.geometry, side=case.side, text=case.text).inputs(model, self.device)
+        inputs = self.inputs(model, case)
         with torch.no_grad():
             timing = measure(lambda: model(**inputs), self.device, self.options.warmups, self.options.steps)
             return timing, self.denoised(model, inputs)
@@ -277,7 +283,7 @@ def _alone(work: _Split, case: Case) -> Row:
     found = {"ms": timing.ms, "peak_gib": timing.peak_gib, "latents": latents}
     if case.mode != "eager":
         return found
-    inputs = of_size(work.geometry, side=case.side, text=case.text).inputs(model, work.device)
+    inputs = work.inputs(model, case)
     with torch.no_grad(), attention_backend(OTHER_ATTENTION[work.device.type]):
         return {**found, "floor": _relative(work.denoised(model, inputs), latents)}
 

@@ -106,7 +106,7 @@ def test_the_command(tiny, tmp_path):
     result = CliRunner().invoke(app, [*arguments, *size, *files])
     assert result.exit_code == 0, result.output
     assert "| int8 |" in result.output
-    assert Image.open(tmp_path / "sheet.png").size[1] == 2 * 128
+    assert Image.open(tmp_path / "sheet.png").size[1] == 64 + 2 * 128
     report = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64," in report
     assert 'src="http' not in report
