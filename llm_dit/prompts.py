@@ -150,15 +150,7 @@ class Folder:
         self.tasks = tasks
         self.started = time.time()
         (path / LOCKS).mkdir(parents=True, exist_ok=True)
-        rows = self.rows()
-        for task in tasks:
-            row = rows.get(task.number)
-            differs = [name for name, value in task.asked.items() if row is not None and row.get(name) != value]
-            if differs:
-                raise ValueError(
-                    f"{str(path)!r} holds results of another request, whose prompt {task.number} has another {differs[0]}: "
-                    "give another folder"
-                )
+        self.open_tasks()
 
     def rows(self) -> dict[int, Row]:
         """The manifest, by number."""
@@ -169,9 +161,24 @@ class Folder:
         return {row["number"]: row for row in map(json.loads, filter(None, lines))}
 
     def open_tasks(self) -> list[Task]:
-        """Those without a result. What failed in another process of this run counts as settled; a later run tries it again."""
+        """Those without a result. What failed in another process of this run counts as settled; a later run tries it again.
+
+        Raises:
+            ValueError: if there are results of another request, which may have begun after this one.
+        """
         rows = self.rows()
+        self._check(rows)
         return [task for task in self.tasks if not self._settled(rows.get(task.number))]
+
+    def _check(self, rows: Mapping[int, Row]) -> None:
+        for task in self.tasks:
+            row = rows.get(task.number)
+            differs = [name for name, value in task.asked.items() if row is not None and row.get(name) != value]
+            if differs:
+                raise ValueError(
+                    f"{str(self.path)!r} holds results of another request, whose prompt {task.number} has another {differs[0]}: "
+                    "give another folder"
+                )
 
     def _settled(self, row: Row | None) -> bool:
         if row is None:

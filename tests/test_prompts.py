@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_a_prompt_may_hold_what_looks_like_the_end_of_a_line(tmp_path, tiny):
     folder.record({**folder.tasks[0].asked, "ended": 0.0})
     folder.record({**folder.tasks[1].asked, "ended": 0.0})
     assert [row["prompt"] for row in folder.rows().values()] == ["one\u2028half", "another"]
+
+
+def test_of_two_requests_that_begin_at_once_one_is_refused(tiny, prompts, tmp_path):
+    first, second = (Folder(tmp_path, tasks_of(prompts, replace(options(tiny, tmp_path), seed=seed))) for seed in (0, 100))
+    first.record({**first.tasks[0].asked, "ended": 0.0})
+    with pytest.raises(ValueError, match="whose prompt 1 has another seed"):
+        second.open_tasks()
 
 
 def test_another_request_is_refused(whole, tiny, prompts):

@@ -80,6 +80,8 @@ def _step(model: Any, device: torch.device, size: Size) -> Keywords:
 
     The mask of a prompt without padding is None there.
     """
+    if not isinstance(model, QwenImageTransformer2DModel):
+        raise ValueError(f"the steps of {type(model).__name__} are not planned yet: use `llm-dit estimate` and `recommend`")
     shapes = [(1, size.height // 16, size.width // 16)]
     side = int(size.reference_pixels**0.5) // 16
     shapes += [(1, side, side)] * size.references

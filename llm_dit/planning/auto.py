@@ -82,7 +82,9 @@ def _planned(options: LoadOptions, plan: Plan) -> LoadOptions:
 
 
 def _placed(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The other arguments, for a load to where the plan wants the weights."""
+    """The other arguments, for a load to where the plan wants the weights, in the dtype whose bytes were planned."""
+    if not {"dtype", "torch_dtype"} & kwargs.keys():
+        kwargs = {**kwargs, "torch_dtype": torch.bfloat16}
     resident = plan.shown.candidate.offload == "none"
     if kwargs.get("device_map") is not None and not resident:
         raise ValueError(

@@ -36,7 +36,8 @@ class Card:
 
 
 def _gb(count: int) -> int:
-    return count * 2**30
+    """As on the label: what CUDA sees is at least that, also where error correction takes its share (L4, L40S, T4)."""
+    return count * 10**9
 
 
 ANY_CARD: Final = Card("any-fp8", FP8_CAPABILITY)
@@ -60,7 +61,7 @@ _ROWS: Final = (
     Card("l4", (8, 9), _gb(24)),
     Card("l40s", (8, 9), _gb(48)),
     Card("h100", (9, 0), _gb(80)),
-    Card("h200", (9, 0), 141 * 10**9),
+    Card("h200", (9, 0), _gb(141)),
 )
 CARDS: Final[Mapping[str, Card]] = {card.name: card for card in _ROWS}
 """NVIDIA's data sheets: compute capability and memory."""
@@ -83,12 +84,14 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ValueError: for anything else, zero and less.
     """
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 2**20:
         return text
+    if isinstance(text, int):
+        raise ValueError(f"a budget of {text} is a number of bytes, and less than a MiB: write it as text, such as '24GB'")
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(GB|GIB|MB|MIB|)\s*", str(text), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size <= 0:
-        raise ValueError(f"a budget of memory is written 24GB or 22.5GiB, not {str(text)[:40]!r}")
+        raise ValueError(f"a budget of memory is more than 0, and written 24GB or 22.5GiB, not {str(text)[:40]!r}")
     return size
 
 

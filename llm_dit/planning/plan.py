@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
+
+import diffusers
 
 from ..decoding import WHOLE, Cut
 from ..forwards import Size
@@ -185,6 +188,8 @@ def checked_size(sizes: PipelineSizes, size: Size) -> Size:
     if not 0 <= size.references <= forwards.most_references:
         most = f"takes at most {forwards.most_references}" if forwards.most_references else "is planned without"
         raise ValueError(f"{title} {most} reference images, not {size.references}")
+    if size.references and not takes_pictures(sizes.pipeline_class):
+        raise ValueError(f"{sizes.pipeline_class} takes no reference images: plan a pipeline that edits")
     if not forwards.frames_step and size.frames != 1:
         raise ValueError(f"{title} makes pictures, and no {size.frames} frames: leave frames out")
     if forwards.frames_step and (not 1 <= size.frames <= MOST_FRAMES or (size.frames - 1) % forwards.frames_step):
@@ -194,6 +199,11 @@ def checked_size(sizes: PipelineSizes, size: Size) -> Size:
             f"not {size.frames}: {near} is the nearest"
         )
     return size
+
+
+def takes_pictures(pipeline_class: str) -> bool:
+    """True if a call of that diffusers class takes images along with the prompt."""
+    return "image" in inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
 
 
 def _plan(sizes: PipelineSizes, budget: int, card: Card, size: Size, fixed: Mapping[str, str]) -> Plan:

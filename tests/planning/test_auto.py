@@ -20,6 +20,11 @@ def test_plans_are_carried_out(name, tiny):
     assert any("planned" in note and "held" in note for note in report.notes)
 
 
+def test_a_plan_in_bf16_is_loaded_in_bf16(tiny):
+    pipe = load_pipeline(tiny("z-image"), quantization="auto", vram_budget="20GB")
+    assert {model.dtype for model in (pipe.transformer, pipe.text_encoder, pipe.vae)} == {torch.bfloat16}
+
+
 def test_what_the_caller_chose_is_planned_around(tiny):
     pipe = load_pipeline(tiny("z-image"), quantization="auto", vram_budget="20GB", quantization_transformer="int4")
     assert pipe.quantization_report["transformer"].method == "int4"
@@ -37,6 +42,7 @@ def test_a_plan_is_loaded_with_the_methods_that_it_names(tiny):
     ("keywords", "message"),
     [
         ({"vram_budget": "200MB"}, "does not fit: .* would be enough"),
+        ({"vram_budget": 24}, "24 is a number of bytes, and less than a MiB"),
         ({"vram_budget": "much"}, "written 24GB or 22.5GiB"),
         ({"vram_budget": "20GB", "quantization": "int8"}, "give both, or neither"),
         ({"vram_budget": "20GB", "transformer_file": "x.safetensors"}, "leave one of the two out"),
