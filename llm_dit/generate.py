@@ -100,8 +100,6 @@ def _generate(options: GenerateOptions) -> Generated:
 def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded."""
     device = _device(options)
-    on_device = options.offload == "none" and device != "cpu"
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     planned = options.load.get("quantization") == "auto"
     if planned and options.offload != "none":
         raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
@@ -147,7 +145,7 @@ def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> 
 
 
 def _own_call(model: str) -> dict[str, Any]:
-    """What the folder of a model says it is called with, in its call.json; the tiny models that are shipped have one."""
+    """What the folder of a model says it is called with, in its call.json; those that `llm_dit.tiny.training` trains have one."""
     return read_json(model, "call.json", {}) if Path(model).is_dir() else {}
 
 

@@ -26,8 +26,10 @@ from ..names import nearest
 from ..planning.auto import plan_for
 from ..planning.card import parse_bytes
 from ..planning.constants import constants
+from ..planning.phases import NAMES as PHASES
 from ..planning.plan import Plan
 from ..quantization import detect_hardware
+from .end_to_end import PROMPT
 from .random_pipeline import fill, published_pipeline
 from .results import Columns, Job, Row
 from .timing import GIB
@@ -47,7 +49,6 @@ TINY: Final[Mapping[str, str]] = {"klein-4b": "flux2-klein", "z-image-turbo": "z
     "flux2-dev": "flux2-dev",
 }
 """The tiny pipeline that lends its tokenizer and scheduler."""
-PHASES: Final = ("load", "encode", "denoise", "decode")
 COLUMNS: Final[Columns] = (
     ("model", ""),
     ("budget", ""),
@@ -189,9 +190,6 @@ def _call(pipe: Any, case: Case, folder: Path, steps: int) -> dict[str, Any]:
     family = pipeline_classes()[f"Quantizable{type(pipe).__name__.removeprefix('Quantizable')}"].family
     pipe.family = family  # a peer's pipeline is diffusers' own, and takes the same arguments
     return call_arguments(pipe, GenerateOptions(str(folder), PROMPT, folder, call={"num_inference_steps": steps}))
-
-
-PROMPT: Final = "a photograph of a lighthouse on a cliff in the evening light, long exposure, calm sea"
 
 
 def main(specification: Mapping[str, Any]) -> None:

@@ -105,18 +105,14 @@ def run(cases: Sequence[Case], jobs: int, timeout_s: float) -> Iterator[Row]:
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
         yield _row(case, timeout_s, measure_context, free)
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(_row, case, timeout_s) for case in cases if case.component != CONTEXT]
+        waiting = [pool.submit(_row, case, timeout_s, measure, case) for case in cases if case.component != CONTEXT]
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="Measuring", unit="point"):
             yield done.result()
 
 
-def _row(case: Case, timeout_s: float, function: Callable[..., Row] | None = None, *args: Any) -> Row:
+def _row(case: Case, timeout_s: float, function: Callable[..., Row], *args: Any) -> Row:
     try:
-        found = (
-            in_fresh_process(function, *args, timeout_s=timeout_s)
-            if function
-            else in_fresh_process(measure, case, timeout_s=timeout_s)
-        )
+        found = in_fresh_process(function, *args, timeout_s=timeout_s)
     except FreshProcessError as error:
         found = {"error": " ".join(str(error).split())[:300]}
     return {**asdict(case), "device": detect_hardware().name, "torch": torch.__version__, **found}

@@ -18,8 +18,8 @@ from ..planning.constants import PATH, Constants, Correction, constants
 from ..writing import write_text
 from .calibrate import CONTEXT, Case, components_of
 from .results import Row, read_rows
+from .timing import GIB
 
-GIB: Final = 1024**3
 MARGIN_BYTES: Final = 48 * 1024**2
 """Added to what the points that are fitted need, for those that are not."""
 _FACTORS: Final = tuple(1 + step / 100 for step in range(101))

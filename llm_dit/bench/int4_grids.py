@@ -81,13 +81,12 @@ def compare(trial: Sensitivity, grids: Sequence[Grid] = GRIDS) -> Iterator[Row]:
         weights = [(layer, grid.apply(layer.weight.detach())) for layer in trial.layers]
         with trial.replaced(weights):
             latents, pictures = trial.generate()
-        sizes = [layer.weight.numel() for layer in trial.layers]
-        bits = sum(grid.bits(*layer.weight.shape) * size for layer, size in zip(trial.layers, sizes, strict=True)) / sum(sizes)
+        stored = sum(grid.bits(*layer.weight.shape) * layer.weight.numel() for layer in trial.layers)
         scores = [scenes.score(picture, prompt).whole for picture, prompt in zip(pictures, trial.options.prompts, strict=True)]
         yield {
             "source": trial.options.source,
             "grid": grid.name,
-            "bits": bits,
+            "bits": stored / sum(layer.weight.numel() for layer in trial.layers),
             "error": mean(relative(found, wanted) for found, wanted in zip(latents, trial.reference[0], strict=True)),
             "psnr": trial.psnr(pictures),
             "caption_score": mean(scores),

@@ -35,13 +35,11 @@ class Made:
 def make(pipe: Any, source: str, prompts: Mapping[int, str], call: Mapping[str, Any]) -> list[Made]:
     """Runs the pipeline once for all of `prompts`, which are numbered; a number is the seed of its noise."""
     texts, steps = list(prompts.values()), []
-    asked = GenerateOptions(source, texts[0], Path(), call=dict(call))
+    asked = GenerateOptions(source, texts[0], Path(), call=dict(call), seed=next(iter(prompts)))
     arguments = {**call_arguments(pipe, asked), "output_type": "np"}
-    arguments["generator"] = [torch.Generator("cpu").manual_seed(number) for number in prompts]
-    arguments["prompt"] = texts
-    if len(texts) == 1:
-        arguments |= {"prompt": texts[0], "generator": arguments["generator"][0]}
-    else:
+    if len(texts) > 1:
+        generators = [torch.Generator("cpu").manual_seed(number) for number in prompts]
+        arguments |= {"prompt": list(texts), "generator": generators}
         arguments |= {name: [arguments[name]] * len(texts) for name in _REPEATED if isinstance(arguments.get(name), str)}
 
     def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

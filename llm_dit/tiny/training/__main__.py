@@ -1,4 +1,4 @@
-"""python -m llm_dit.tiny.training z-image --folder runs --output llm_dit/tiny/models"""
+"""python -m llm_dit.tiny.training z-image --folder runs --output models"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer's blocks.")] = True,
     capture: Annotated[bool, typer.Option(help="On a GPU, replay steps as a CUDA graph.")] = True,
 ) -> None:
-    """Trains one of the tiny models that are shipped."""
+    """Trains a tiny model, and saves it as a pipeline in bfloat16."""
     drawn = draw_all(folder / "scenes", scenes)
     if name == "scenes":
         return
@@ -70,11 +70,9 @@ def save(course: Course, pipe: Any, output: Path) -> None:
     """Writes the trained pipeline in bfloat16, and beside it what it is called with."""
     final, written = output / course.name, output / f".{course.name}"
     shutil.rmtree(written, ignore_errors=True)
-    for name, model in pipe.components.items():
+    for model in pipe.components.values():
         if isinstance(model, nn.Module):
-            fresh = getattr(course.build(), name) if name == "transformer" else model
-            fresh.load_state_dict({key.replace("_orig_mod.", ""): value for key, value in model.state_dict().items()})
-            setattr(pipe, name, fresh.eval().requires_grad_(False).to("cpu", torch.bfloat16))
+            model.eval().requires_grad_(False).to("cpu", torch.bfloat16)
     pipe.save_pretrained(written)
     (written / "call.json").write_text(json.dumps(dict(course.call), indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)

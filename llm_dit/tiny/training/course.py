@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,6 +28,10 @@ WORDS = (
     QWEN_CHAT_TEMPLATE,
 )
 """What the tokenizers are trained on: every word of a caption, and of the templates around it, becomes one token."""
+
+
+SHIFT: Final = 2.0
+"""Of the sigmas: noisier ones are trained more, and the schedulers shift likewise."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Course(ABC):
         """The pipeline in float32 with fresh weights, the same at every call."""
 
     @abstractmethod
-    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the latents [B, C, h, w] of pictures [B, 3, 128, 128] in -1..1."""
+    def moments(self, vae: Any, pictures: Tensor) -> Tensor:
+        """What the encoder makes of pictures [B, 3, 128, 128] in -1..1: means, then log variances, [B, 2 C, h, w]."""
 
     @abstractmethod
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
@@ -76,6 +80,11 @@ class Course(ABC):
     @abstractmethod
     def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The transformer's estimate of noise - clean at noisy = (1 - sigma) clean + sigma noise; sigma is [B]."""
+
+    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents [B, C, h, w] of pictures; bounded as in diffusers' distribution."""
+        mean, logvar = self.moments(vae, pictures).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
 
     def tokens(self, tokenizer: Qwen2Tokenizer, captions: Sequence[str]) -> Tokens:
         """Captions as the pipeline tokenizes them.

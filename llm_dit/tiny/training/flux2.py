@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .course import Course, initialized, tokenizer
+from .course import SHIFT, Course, initialized, tokenizer
 from .z_image import AUTOENCODER, qwen3_config
 
 LAYERS = (1, 2, 3)
@@ -40,7 +40,7 @@ class KleinCourse(Course):
 
     def build(self) -> DiffusionPipeline:
         return Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
             vae=initialized(lambda: AutoencoderKLFlux2(**AUTOENCODER), seed=1),
             text_encoder=initialized(lambda: AutoModelForCausalLM.from_config(qwen3_config(4)), seed=2),
             tokenizer=tokenizer(),
@@ -58,9 +58,8 @@ class KleinCourse(Course):
             ),
         )
 
-    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.quant_conv(vae.encoder(pictures)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+    def moments(self, vae: Any, pictures: Tensor) -> Tensor:
+        return vae.quant_conv(vae.encoder(pictures))
 
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
         return vae.decoder(vae.post_quant_conv(latents))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..qwen_image import VISION, VISION_TOKENS
-from .course import Course, initialized, tokenizer
+from .course import SHIFT, Course, initialized, tokenizer
 
 DROPPED = 34
 """Tokens of the template before the caption, which the pipeline leaves out (`prompt_template_encode_start_idx`)."""
@@ -36,7 +36,7 @@ class QwenImageCourse(Course):
 
     def build(self) -> DiffusionPipeline:
         return QwenImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
             vae=initialized(lambda: AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 3, 3], num_res_blocks=1), seed=1),
             text_encoder=initialized(lambda: Qwen2_5_VLForConditionalGeneration(_qwen25_vl()), seed=2),
             tokenizer=tokenizer(),
@@ -52,9 +52,8 @@ class QwenImageCourse(Course):
             ),
         )
 
-    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.quant_conv(vae.encoder(pictures.unsqueeze(2)))[:, :, 0].chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+    def moments(self, vae: Any, pictures: Tensor) -> Tensor:
+        return vae.quant_conv(vae.encoder(pictures.unsqueeze(2)))[:, :, 0]
 
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
         """Not clamped to -1..1, as `decode` does: what is outside would have no gradient."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .. import scenes
-from .course import Course
+from .course import SHIFT, Course
 from .data import to_float
 from .loop import Budget, Run
 
@@ -20,8 +20,6 @@ KL_WEIGHT: Final = 3e-4
 """Of the divergence from the prior, a latent, beside the mean absolute error of a channel in -1..1."""
 UNGUIDED: Final = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""
-SHIFT: Final = 2.0
-"""Of the sigmas that are trained: noisier ones are trained more, and the scheduler shifts likewise."""
 
 
 def train_autoencoder(course: Course, vae: Any, pictures: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:

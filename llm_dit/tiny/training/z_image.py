@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from torch import Tensor
 from transformers import AutoModel, Qwen3Config
 
-from .course import Course, initialized, tokenizer
+from .course import SHIFT, Course, initialized, tokenizer
 
 AUTOENCODER: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -48,8 +48,10 @@ class ZImageCourse(Course):
 
     def build(self) -> DiffusionPipeline:
         return ZImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-            vae=initialized_autoencoder(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            vae=initialized(
+                lambda: AutoencoderKL(**AUTOENCODER, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False), seed=1
+            ),
             text_encoder=initialized(lambda: AutoModel.from_config(qwen3_config(3)), seed=2),
             tokenizer=tokenizer(),
             transformer=initialized(
@@ -60,9 +62,8 @@ class ZImageCourse(Course):
             ),
         )
 
-    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.encoder(pictures).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+    def moments(self, vae: Any, pictures: Tensor) -> Tensor:
+        return vae.encoder(pictures)
 
     def decoded(self, vae: Any, latents: Tensor) -> Tensor:
         return vae.decoder(latents)
@@ -119,10 +120,3 @@ class ZImageCourse(Course):
     @cached_property
     def _ropes(self) -> dict[torch.device, Any]:
         return {}
-
-
-def initialized_autoencoder() -> AutoencoderKL:
-    """FLUX.1's autoencoder, narrow."""
-    return initialized(
-        lambda: AutoencoderKL(**AUTOENCODER, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False), seed=1
-    )
