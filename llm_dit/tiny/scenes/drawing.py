@@ -67,16 +67,16 @@ def _places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, f
 
 
 def _ground(generator: np.random.Generator) -> np.ndarray:
-    """[128, 128, 3] uint8, grey: plain, shaded, striped or checked."""
+    """[128, 128, 3] uint8, grey: one half plain, the others shaded, striped or checked."""
     base, contrast = generator.uniform(70, 190), generator.uniform(8, 28)
     rows, columns = np.indices((SIDE, SIDE))
-    kind = generator.integers(4)
-    if kind == 0:
+    kind = generator.integers(6)
+    if kind >= 3:
         pattern = np.zeros((SIDE, SIDE))
-    elif kind == 1:
+    elif kind == 0:
         angle = generator.uniform(0, 2 * np.pi)
         pattern = (np.cos(angle) * rows + np.sin(angle) * columns) / SIDE
-    elif kind == 2:
+    elif kind == 1:
         pattern = np.sign(np.sin((rows if generator.random() < 0.5 else columns) * 2 * np.pi / generator.integers(8, 25)))
     else:
         width = int(generator.integers(6, 17))

@@ -34,6 +34,10 @@ SHIFT: Final = 2.0
 """Of the sigmas: noisier ones are trained more, and the schedulers shift likewise."""
 
 
+_DEAD: Final = 0.2
+"""Deviation of the mean of a latent channel that carries nothing: the KL term leaves it at its prior."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Captions as a text encoder reads them: both [B, L] int64, padded on the right, L the same for all captions."""
@@ -97,6 +101,12 @@ class Course(ABC):
             raise ValueError(f"a caption is longer than the {self.text_length} tokens that {self.name} is trained for")
         found = tokenizer(texts, padding="max_length", max_length=self.text_length, return_tensors="pt")
         return Tokens(found.input_ids, found.attention_mask)
+
+
+def deviations(latents: Tensor) -> Tensor:
+    """Of the channels of latents [B, C, h, w], [C]; 1 for one that carries nothing: what is left in it shall stay small."""
+    found = latents.std(dim=(0, 2, 3))
+    return torch.where(found > _DEAD, found, torch.ones_like(found))
 
 
 def tokenizer() -> Qwen2Tokenizer:

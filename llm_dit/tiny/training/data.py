@@ -47,8 +47,8 @@ def draw_all(folder: Path, count: int) -> Drawn:
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         found: list[str] = []
         sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
-        # Spawned, for a process that has used a GPU, or threads, cannot be forked.
-        with get_context("spawn").Pool() as pool:
+        # A process that has used a GPU cannot be forked; one that has not need not import torch again in every worker.
+        with get_context("spawn" if torch.cuda.is_initialized() else "fork").Pool() as pool:
             for drawn, texts in tqdm(pool.imap(_draw, enumerate(sizes)), "Drawing scenes", len(sizes), unit="chunk"):
                 array[len(found) : len(found) + len(texts)] = drawn
                 found += texts

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .course import SHIFT, Course, initialized, tokenizer
+from .course import SHIFT, Course, deviations, initialized, tokenizer
 from .z_image import AUTOENCODER, qwen3_config
 
 LAYERS = (1, 2, 3)
@@ -67,7 +67,7 @@ class KleinCourse(Course):
     def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
         patches = Flux2KleinPipeline._patchify_latents(latents)
         vae.bn.running_mean.copy_(patches.mean(dim=(0, 2, 3)))
-        vae.bn.running_var.copy_(patches.var(dim=(0, 2, 3)))
+        vae.bn.running_var.copy_(deviations(patches).square())
         return latents
 
     def clean(self, vae: Any, latents: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Budget:
 
 
 class Run:
-    """The parameters of some modules while they are trained.
+    """The parameters of some modules that want gradients, while they are trained.
 
     Args:
         modules: what is trained; at the end it holds the averaged weights.
@@ -50,7 +50,7 @@ class Run:
     """
 
     def __init__(self, modules: Sequence[nn.Module], budget: Budget, checkpoint: Path) -> None:
-        self.parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
+        self.parameters: list[Tensor] = [one for module in modules for one in module.parameters() if one.requires_grad]
         self.device = self.parameters[0].device
         self.budget = budget
         self.checkpoint = checkpoint
@@ -75,8 +75,9 @@ class Run:
     def train(self, loss_of: Callable[[], Tensor], title: str) -> None:
         """Calls `loss_of` and follows its gradient until the time is up."""
         end = self.budget.minutes * 60
-        saved = started = time.perf_counter() - self.seconds
         step = self._captured(loss_of) if self.budget.captured and self.device.type == "cuda" else lambda: self._step(loss_of)
+        saved = time.perf_counter()  # compiling is not training
+        started = saved - self.seconds
         with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
             while self.seconds < end:
                 self.rate.fill_(self._scheduled(self.seconds / end))

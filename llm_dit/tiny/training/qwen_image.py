@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..qwen_image import VISION, VISION_TOKENS
-from .course import SHIFT, Course, initialized, tokenizer
+from .course import SHIFT, Course, deviations, initialized, tokenizer
 
 DROPPED = 34
 """Tokens of the template before the caption, which the pipeline leaves out (`prompt_template_encode_start_idx`)."""
@@ -60,7 +60,7 @@ class QwenImageCourse(Course):
         return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
 
     def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
-        vae.register_to_config(latents_mean=latents.mean(dim=(0, 2, 3)).tolist(), latents_std=latents.std(dim=(0, 2, 3)).tolist())
+        vae.register_to_config(latents_mean=latents.mean(dim=(0, 2, 3)).tolist(), latents_std=deviations(latents).tolist())
         return latents
 
     def clean(self, vae: Any, latents: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from .course import SHIFT, Course
 from .data import to_float
 from .loop import Budget, Run
 
-KL_WEIGHT: Final = 3e-4
-"""Of the divergence from the prior, a latent, beside the mean absolute error of a channel in -1..1."""
+KL_WEIGHT: Final = 0.012
+"""Of the divergence from the prior, all latents together, beside the absolute error in -1..1 of all pixels together."""
 UNGUIDED: Final = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""
 
@@ -31,7 +31,7 @@ def train_autoencoder(course: Course, vae: Any, pictures: Tensor, budget: Budget
         mean, logvar = course.posterior(vae, wanted)
         mean, logvar = mean.float(), logvar.float()
         found = course.decoded(vae, mean + torch.randn_like(mean) * (0.5 * logvar).exp())
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / wanted.numel()
         return functional.l1_loss(found.float(), wanted) + KL_WEIGHT * divergence
 
     run.train(loss, f"{course.name}: autoencoder")

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 from transformers import AutoModel, Qwen3Config
 
-from .course import SHIFT, Course, initialized, tokenizer
+from .course import SHIFT, Course, deviations, initialized, tokenizer
 
 AUTOENCODER: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -19,8 +20,6 @@ AUTOENCODER: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
-_DEAD = 0.2
-"""Deviation of the mean of a latent channel that carries nothing: the KL term leaves it at its prior."""
 
 
 def qwen3_config(layers: int) -> Qwen3Config:
@@ -47,6 +46,16 @@ class ZImageCourse(Course):
     template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
     def build(self) -> DiffusionPipeline:
+        transformer = initialized(
+            lambda: ZImageTransformer2DModel(
+                dim=96, n_heads=3, n_kv_heads=3, n_layers=9, n_refiner_layers=1, cap_feat_dim=64, axes_dims=[8, 12, 12]
+            ),
+            seed=3,
+        )
+        for module in transformer.modules():
+            if isinstance(module, RMSNorm):
+                # Scales follow them anyway, and their gradients, sums over all tokens of a batch, took a third of a step.
+                module.requires_grad_(False)
         return ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
             vae=initialized(
@@ -54,12 +63,7 @@ class ZImageCourse(Course):
             ),
             text_encoder=initialized(lambda: AutoModel.from_config(qwen3_config(3)), seed=2),
             tokenizer=tokenizer(),
-            transformer=initialized(
-                lambda: ZImageTransformer2DModel(
-                    dim=96, n_heads=3, n_kv_heads=3, n_layers=9, n_refiner_layers=1, cap_feat_dim=64, axes_dims=[8, 12, 12]
-                ),
-                seed=3,
-            ),
+            transformer=transformer,
         )
 
     def moments(self, vae: Any, pictures: Tensor) -> Tensor:
@@ -70,8 +74,7 @@ class ZImageCourse(Course):
 
     def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
         """Scales the channels in the weights on both sides of the latents: the configuration has one factor for all."""
-        deviation = latents.std(dim=(0, 2, 3))
-        scale = torch.where(deviation > _DEAD, deviation, torch.ones_like(deviation))
+        scale = deviations(latents)
         with torch.no_grad():
             last, first = vae.encoder.conv_out, vae.decoder.conv_in
             for tensor in (last.weight, last.bias):
