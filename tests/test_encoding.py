@@ -92,7 +92,8 @@ def test_the_peak_is_the_larger_half(name, tiny):
     whole = peak_of(lambda: outputs.append(generate(pipe.to("cuda"), name)))
     pipe.to("cpu")
     assert peak_of(lambda: outputs.append(encoded(pipe, name, **encoding_keywords(name)))) <= whole - 0.9 * encoder
-    assert torch.equal(outputs[0], expected) and torch.equal(outputs[1], expected)
+    assert torch.equal(outputs[0], expected)
+    assert torch.equal(outputs[1], expected)
 
 
 def peak_of(run) -> int:
