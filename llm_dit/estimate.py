@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .checkpoints.header import read_header
 from .families import get_family, pipeline_classes, published_models
 from .families.base import Family, Published
 from .load import pipeline_class_of
-from .loader import read_json
+from .loader import names_repository, read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
@@ -147,12 +147,9 @@ def component_makers(
         return classes[key], _published_makers(_published_for(classes[key]))
     folder = Path(source)
     if not folder.is_dir():
-        if "/" not in source:
-            raise ValueError(
-                f"{source!r} is no folder, published model or pipeline class: "
-                f"{nearest(source, [*published, *(name.removeprefix('Quantizable') for name in classes)])}"
-            )
-        folder = Path(snapshot_download(source, allow_patterns=["*.json"], **hub))
+        if not names_repository(source):
+            raise ValueError(_unknown(source, published, classes))
+        folder = _configurations(source, hub)
     index = read_json(str(folder), "model_index.json", {})
     cls = pipeline_class_of(folder)
     return cls, {
@@ -160,6 +157,21 @@ def component_makers(
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
     }
+
+
+def _unknown(source: str, published: Mapping[str, Any], classes: Iterable[str]) -> str:
+    if "/" in source:
+        return f"there is no folder {source!r}: give one, owner/repository, or one of {', '.join(published)}"
+    known = [*published, *(name.removeprefix("Quantizable") for name in classes)]
+    return f"{source!r} is no folder, published model or pipeline class: {nearest(source, known)}"
+
+
+def _configurations(source: str, hub: Mapping[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json"], **hub))
+    except Exception as error:  # offline, no such repository, no access: the Hub's many errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{source!r} is no folder here, and the Hub does not give it: {reason}") from error
 
 
 def _published_for(cls: type[QuantizablePipelineMixin]) -> Published:

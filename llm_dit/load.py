@@ -35,6 +35,6 @@ def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[Quanti
     if "_class_name" not in index:
         raise ValueError(
             f"{str(source)!r} holds no model_index.json of a diffusers pipeline: give the folder that "
-            "save_pretrained wrote, or a repository id"
+            "save_pretrained wrote, or the id of a repository on the Hub that can be reached"
         )
     return quantizable_class(index["_class_name"])

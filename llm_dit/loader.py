@@ -17,7 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from .backends import Backend, ComponentRequest, LoadPlan
@@ -153,6 +154,15 @@ def _with_parts_left_out(report: ComponentReport, model: nn.Module) -> Component
     return replace(report, note="; ".join(filter(None, (report.note, note))))
 
 
+def names_repository(source: str) -> bool:
+    """True if a repository could have this name, "owner/repository"."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return "/" in source
+
+
 def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, Any]:
     """A small JSON file of a folder or repository, or {} where there is none."""
     folder = Path(source)
@@ -160,8 +170,8 @@ def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, A
         path = folder / filename
         if not path.is_file():
             return {}
-    elif source.count("/") != 1 or folder.is_absolute():
-        return {}  # no folder, and no name that a repository could have
+    elif not names_repository(source):
+        return {}
     else:
         try:
             path = Path(hf_hub_download(source, filename, **hub))

@@ -118,7 +118,10 @@ class LoadRequest:
         if options.quantization_granularity and not any(get_method(method).fp8 for method in methods.values()):
             notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
+        compiled = section.compile if options.compile is None else options.compile
         compile_mode = options.compile_mode or section.compile_mode
+        if options.compile_mode and not compiled:
+            notes = (*notes, "compile_mode was given, and not compile=True, without which nothing is compiled")
         if compile_mode in GRAPH_MODES and backends.get("transformer", backends[""]) == "layerwise":
             raise ValueError(
                 f"compile_mode={compile_mode!r} cannot capture a transformer that backend 'layerwise' casts block by block: use "
@@ -134,7 +137,7 @@ class LoadRequest:
             files=files,
             activation_scale=options.activation_scale,
             encoder_layers=check_name(options.encoder_layers, ENCODER_LAYERS, "encoder_layers"),
-            compile=section.compile if options.compile is None else options.compile,
+            compile=compiled,
             compile_mode=check_name(compile_mode, COMPILE_MODES, "compile_mode"),
             notes=notes,
         )

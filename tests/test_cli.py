@@ -96,6 +96,8 @@ def test_a_config_file_and_options_over_it(tiny, tmp_path):
         (["bogus"], "bogus"),
         (["quantize", "TINY", "TINY"], "exists already"),
         (["estimate", "z-image-turb"], "did you mean 'z-image-turbo'"),
+        (["estimate", "./no"], "there is no folder './no'"),
+        (["plan", "no/such/folder", "--vram", "8GB"], "there is no folder"),
         (["inspect", "README.md"], "not a safetensors file"),
         (["inspect", "docs"], "neither a safetensors file nor a folder"),
         (["bench", "load", "--geometry", "2gb"], "unknown geometry"),

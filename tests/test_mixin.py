@@ -449,3 +449,8 @@ def test_nothing_global_is_changed(folder):
         folder, quantization={"transformer": "fp8-dynamic", "encoder": "int8", "vae": "int8"}
     )
     assert config.save_config_portable() == before
+
+
+def test_a_compile_mode_without_compiling_is_told(tiny):
+    pipe = load_pipeline(tiny("z-image"), quantization="int8", compile_mode="max-autotune")
+    assert "compile_mode was given, and not compile=True" in str(pipe.quantization_report)
