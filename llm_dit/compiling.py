@@ -42,15 +42,7 @@ def compile_component(model: Any, mode: str) -> None:
 
 
 def _options(mode: str) -> dict[str, Any]:
-    """What `mode` stands for, and our passes; `torch.compile` takes either a mode or options.
-
-    Inductor's search for better tiles of every kernel is left out: on an H200 it took 3 of the 15 seconds of klein-9B's first
-    call, and steps were not slower without it.
-    """
+    """What `mode` stands for, and our passes; `torch.compile` takes either a mode or options."""
     from torch._inductor import list_mode_options
 
-    return {
-        **list_mode_options(mode),
-        "post_grad_custom_pre_pass": CheaperArithmetic(),
-        "triton.coalesce_tiling_analysis": False,
-    }
+    return {**list_mode_options(mode), "post_grad_custom_pre_pass": CheaperArithmetic()}
