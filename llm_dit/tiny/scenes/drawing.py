@@ -22,12 +22,17 @@ _FINER: Final = 4
 def draw(scene: Scene, generator: np.random.Generator) -> np.ndarray:
     """A picture [128, 128, 3] uint8 of a scene; what the caption leaves open is drawn from `generator`."""
     places = _places(scene, generator)
-    image = Image.fromarray(_ground(generator)).resize((SIDE * _FINER, SIDE * _FINER), Image.Resampling.NEAREST)
+    image = Image.fromarray(ground(generator)).resize((SIDE * _FINER, SIDE * _FINER), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     for thing, (x, y, radius) in zip(scene.things, places, strict=True):
-        colour = np.clip(np.array(COLOURS[thing.colour]) + generator.integers(-12, 13, 3), 0, 255)
-        _fill(pen, thing.shape, x, y, radius, tuple(int(channel) for channel in colour))
+        _fill(pen, thing.shape, x, y, radius, shade(thing.colour, generator))
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def shade(colour: str, generator: np.random.Generator) -> tuple[int, ...]:
+    """RGB of a colour by its name, a little off."""
+    channels = np.clip(np.array(COLOURS[colour]) + generator.integers(-12, 13, 3), 0, 255)
+    return tuple(int(channel) for channel in channels)
 
 
 def shape_mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
@@ -66,7 +71,7 @@ def _places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, f
         return [(float(x), float(y), radius) for (x, y), radius in zip(centres, radii, strict=True)]
 
 
-def _ground(generator: np.random.Generator) -> np.ndarray:
+def ground(generator: np.random.Generator) -> np.ndarray:
     """[128, 128, 3] uint8, grey: one half plain, the others shaded, striped or checked."""
     base, contrast = generator.uniform(70, 190), generator.uniform(8, 28)
     rows, columns = np.indices((SIDE, SIDE))
