@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Sequence
 from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 CORPUS = (
     "a red circle above a blue square",
@@ -36,6 +37,8 @@ QWEN_CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     "{% endif %}"
 )
+
+GEMMA_SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
 MISTRAL_SPECIAL_TOKENS = (
     "[SYSTEM_PROMPT]",
@@ -110,4 +113,25 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         extra_special_tokens=list(MISTRAL_SPECIAL_TOKENS),
         chat_template=MISTRAL_CHAT_TEMPLATE,
+    )
+
+
+def gemma_tokenizer(corpus: Sequence[str], vocab_size: int = 400) -> GemmaTokenizer:
+    """The tokenizer of the Gemma text encoders, which pads on the left and marks spaces instead of splitting at them."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(GEMMA_SPECIAL_TOKENS),
+        initial_alphabet=[*string.ascii_letters, *string.digits, *string.punctuation],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    return GemmaTokenizer(
+        vocab=trained["vocab"],
+        # Annotated as strings, but handed on to a BPE, which takes pairs.
+        merges=cast(list[str], [(left, right) for left, right in trained["merges"]]),
+        model_max_length=512,
+        add_bos_token=True,
     )

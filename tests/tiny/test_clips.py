@@ -27,9 +27,7 @@ from llm_dit.tiny.scenes import (
 from llm_dit.tiny.scenes.clips import FRAMES, SAMPLES, SOUND_RATE
 
 seeds = st.integers(0, 10**6)
-EVERY = [
-    Clip(Thing(size, colour, shape), way) for size in SIZES for colour in COLOURS for shape in SHAPES for way in DIRECTIONS
-]
+EVERY = [Clip(Thing(size, colour, shape), way) for size in SIZES for colour in COLOURS for shape in SHAPES for way in DIRECTIONS]
 
 
 def drawn(seed):

@@ -1,4 +1,4 @@
-"""Pictures and clips whose captions a program can check: what the tiny models are trained on, and how what they draw is scored."""
+"""Pictures and clips whose captions a program can check: what tiny models are trained on, and how what they draw is scored."""
 
 from .clips import (
     DIRECTIONS,

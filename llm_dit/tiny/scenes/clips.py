@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from .drawing import RADII, SIDE, ground, shape_mask, shade
+from .drawing import RADII, SIDE, ground, shade, shape_mask
 from .reading import Found, Score, read
 from .scene import COLOURS, HELD_OUT_IN, SHAPES, SIZES, THING, Thing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,60 +13,58 @@ import typer
 from torch import nn
 
 from ...names import check_name
-from .course import Course
-from .data import draw_all
+from .course import Course, Plan
+from .data import CLIPS, PICTURES, draw_all
 from .flux2 import KleinCourse
 from .loop import Budget
+from .ltx2 import Ltx2Course
 from .qwen_image import QwenImageCourse
-from .stages import encode_all, reconstruction_score, train_autoencoder, train_denoiser
+from .stages import train_denoiser
 from .z_image import ZImageCourse
 
-COURSES: dict[str, Course] = {course.name: course for course in (ZImageCourse(), KleinCourse(), QwenImageCourse())}
+COURSES: dict[str, Course] = {course.name: course for course in (ZImageCourse(), KleinCourse(), QwenImageCourse(), Ltx2Course())}
+SUBJECTS = {"scenes": PICTURES, "clips": CLIPS}
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="z-image, flux2-klein or qwen-image; scenes draws what they train on.")],
+    name: Annotated[
+        str, typer.Argument(help="z-image, flux2-klein, qwen-image or ltx-2; scenes or clips draws what they train on.")
+    ],
     folder: Annotated[Path, typer.Option(help="Scenes and checkpoints; a run goes on from them.")],
     output: Annotated[Path | None, typer.Option(help="Where the pipeline goes; the folder.")] = None,
-    scenes: Annotated[int, typer.Option(min=16, help="Pictures to train on.")] = 131072,
-    vae_minutes: Annotated[float, typer.Option(min=0)] = 1.5,
-    minutes: Annotated[float, typer.Option(min=0, help="Of transformer and text encoder.")] = 5,
-    vae_batch: Annotated[int, typer.Option(min=1)] = 64,
-    batch: Annotated[int, typer.Option(min=1)] = 512,
+    scenes: Annotated[int | None, typer.Option(min=16, help="Pictures or clips to train on.")] = None,
+    vae_minutes: Annotated[float | None, typer.Option(min=0)] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Of transformer and text encoder.")] = None,
+    vae_batch: Annotated[int | None, typer.Option(min=1)] = None,
+    batch: Annotated[int | None, typer.Option(min=1)] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile blocks of both models.")] = True,
     capture: Annotated[bool, typer.Option(help="On a GPU, replay steps as a CUDA graph.")] = True,
 ) -> None:
-    """Trains a tiny model, and saves it as a pipeline in bfloat16."""
-    drawn = draw_all(folder / "scenes", scenes)
-    if name == "scenes":
+    """Trains a tiny model, and saves it as a pipeline in bfloat16; amounts left out are the model's own."""
+    check_name(name, (*COURSES, *SUBJECTS), "model")
+    subject = SUBJECTS[name] if name in SUBJECTS else COURSES[name].subject
+    drawn = draw_all(folder / "scenes", scenes or subject.count, subject)
+    if name in SUBJECTS:
         return
-    check_name(name, tuple(COURSES), "model")
     course = COURSES[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = {"vae_minutes": vae_minutes, "minutes": minutes, "vae_batch": vae_batch, "batch": batch}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    amounts = dataclasses.replace(course.amounts, **given)
+    plan = Plan(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), amounts, capture)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     pipe: Any = course.build()
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
-            model.to(device)
-    pictures = drawn.on(device)
-    train_autoencoder(
-        course, pipe.vae, pictures, Budget(vae_minutes, 1.5e-3, capture), folder / f"{name}-vae.safetensors", vae_batch
-    )
-    pipe.vae.eval()
-    latents = course.set_statistics(pipe.vae, encode_all(course, pipe.vae, pictures))
-    share = reconstruction_score(course, pipe.vae, 200, device)
-    typer.echo(f"{name}: {share:.1%} of 200 reconstructed scenes are read right")
-    with torch.inference_mode():
-        clean = torch.cat([course.clean(pipe.vae, part).bfloat16() for part in latents.split(4096)])
-    clean = clean.clone()
-    del pictures, latents
+            model.to(plan.device)
+    clean = course.latents(pipe, drawn, plan)
     if compile_blocks:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
         for module in pipe.text_encoder.modules():
             if type(module).__name__.endswith("DecoderLayer"):
                 module.compile()
-    train_denoiser(course, pipe, clean, drawn.captions, Budget(minutes, 3e-3, capture), folder / f"{name}.safetensors", batch)
+    budget = Budget(amounts.minutes, 3e-3, capture)
+    train_denoiser(course, pipe, clean, drawn.captions, budget, folder / f"{name}.safetensors", amounts.batch)
     save(course, pipe, output or folder)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Qwen2Tokenizer
 
 from .. import scenes
 from ..tokenizers import CORPUS, QWEN_CHAT_TEMPLATE, qwen2_tokenizer
+from .data import Drawn, Subject
+from .loop import Budget
 
 WORDS = (
     *CORPUS,
@@ -40,57 +44,114 @@ _DEAD: Final = 0.2
 
 @dataclass(frozen=True)
 class Tokens:
-    """Captions as a text encoder reads them: both [B, L] int64, padded on the right, L the same for all captions."""
+    """Captions as a text encoder reads them: both [B, L] int64, L the same for all captions."""
 
     ids: Tensor
     mask: Tensor
 
 
-class Course(ABC):
-    """One model: how it is built, and what its pipeline makes of captions and pictures.
+@dataclass(frozen=True)
+class Amounts:
+    """How long a course trains, and on how much at once.
 
     Attributes:
-        name: the folder of the trained pipeline.
-        call: the arguments its pipeline is called with, prompt and generator apart.
-        text_length: L of `Tokens`.
-        template: a caption in "{}" and what the pipeline puts around it.
+        vae_minutes: of the autoencoder.
+        minutes: of transformer and text encoder.
+    """
+
+    vae_minutes: float = 1.5
+    minutes: float = 5
+    vae_batch: int = 64
+    batch: int = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: where its checkpoints are, on what it runs, and how much it trains."""
+
+    folder: Path
+    device: torch.device
+    amounts: Amounts
+    captured: bool
+
+    def autoencoder_budget(self, share: float = 1.0) -> Budget:
+        """Of a model that takes `share` of an autoencoder's minutes."""
+        return Budget(share * self.amounts.vae_minutes, 1.5e-3, self.captured)
+
+
+class Coding(ABC):
+    """An autoencoder of one kind of data, and how a pipeline uses it: D stands for the data's dimensions, d for the latents'.
+
+    Attributes:
+        name: what it is called in the output.
     """
 
     name: ClassVar[str]
+
+    @abstractmethod
+    def prepared(self, drawn: Tensor) -> Tensor:
+        """Data [B, ...] as it is kept -> [B, C, *D] float32 as the encoder takes it."""
+
+    @abstractmethod
+    def moments(self, vae: Any, data: Tensor) -> Tensor:
+        """What the encoder makes of data [B, C, *D]: means, then log variances, [B, 2 c, *d]."""
+
+    @abstractmethod
+    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """Data [B, C, *D] of latents [B, c, *d]."""
+
+    @abstractmethod
+    def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
+        """Makes `clean` of latents [B, c, *d] have deviation 1; returns them as the autoencoder gives them from now on."""
+
+    @abstractmethod
+    def clean(self, vae: Any, latents: Tensor) -> Tensor:
+        """What the transformer is to predict for latents [B, c, *d]: normalized, and in the shape that it takes."""
+
+    def posterior(self, vae: Any, data: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents [B, c, *d] of data [B, C, *D]; bounded as in diffusers' distribution."""
+        mean, logvar = self.moments(vae, data).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+
+class Course(ABC):
+    """One model: how it is built, and what its pipeline makes of captions and of what is drawn.
+
+    Attributes:
+        name: the folder of the trained pipeline.
+        subject: what it is trained on.
+        call: the arguments its pipeline is called with, prompt and generator apart.
+        text_length: L of `Tokens`.
+        template: a caption in "{}" and what the pipeline puts around it.
+        amounts: what a run trains if nothing else is asked for.
+        learners: the components that learn to denoise.
+    """
+
+    name: ClassVar[str]
+    subject: ClassVar[Subject]
     call: ClassVar[Mapping[str, Any]]
     text_length: ClassVar[int]
     template: ClassVar[str]
+    amounts: ClassVar[Amounts] = Amounts()
+    learners: ClassVar[tuple[str, ...]] = ("text_encoder", "transformer")
 
     @abstractmethod
     def build(self) -> DiffusionPipeline:
         """The pipeline in float32 with fresh weights, the same at every call."""
 
     @abstractmethod
-    def moments(self, vae: Any, pictures: Tensor) -> Tensor:
-        """What the encoder makes of pictures [B, 3, 128, 128] in -1..1: means, then log variances, [B, 2 C, h, w]."""
-
-    @abstractmethod
-    def decoded(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, 128, 128] in -1..1 of latents [B, C, h, w]."""
-
-    @abstractmethod
-    def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
-        """Makes `clean` of latents [B, C, h, w] have deviation 1; returns them as the autoencoder gives them from now on."""
-
-    @abstractmethod
-    def clean(self, vae: Any, latents: Tensor) -> Tensor:
-        """What the transformer is to predict for latents [B, C, h, w]: normalized, and in the shape that it takes."""
+    def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
+        """Trains what makes latents of what is drawn, and returns what the transformer is to predict, [N, ...] bfloat16."""
 
     @abstractmethod
     def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The transformer's estimate of noise - clean at noisy = (1 - sigma) clean + sigma noise; sigma is [B]."""
 
-    def posterior(self, vae: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the latents [B, C, h, w] of pictures; bounded as in diffusers' distribution."""
-        mean, logvar = self.moments(vae, pictures).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """The loss of a velocity [B, ...]."""
+        return functional.mse_loss(found, wanted)
 
-    def tokens(self, tokenizer: Qwen2Tokenizer, captions: Sequence[str]) -> Tokens:
+    def tokens(self, tokenizer: Any, captions: Sequence[str]) -> Tokens:
         """Captions as the pipeline tokenizes them.
 
         Raises:
@@ -104,8 +165,8 @@ class Course(ABC):
 
 
 def deviations(latents: Tensor) -> Tensor:
-    """Of the channels of latents [B, C, h, w], [C]; 1 for one that carries nothing: what is left in it shall stay small."""
-    found = latents.std(dim=(0, 2, 3))
+    """Of the channels of latents [B, C, ...], [C]; 1 for one that carries nothing: what is left in it shall stay small."""
+    found = latents.transpose(0, 1).flatten(1).std(dim=1)
     return torch.where(found > _DEAD, found, torch.ones_like(found))
 
 
@@ -135,5 +196,19 @@ def initialized(make: Callable[[], Any], seed: int) -> Any:
     return model.train()
 
 
+_ZERO: Final = (
+    "adaLN_modulation",
+    "img_mod",
+    "txt_mod",
+    "_modulation",
+    "time_embed.linear",
+    "scale_shift.linear",
+    "gate.linear",
+    "proj_out",
+    "final_layer",
+)
+"""In the names of modulations and predictions."""
+
+
 def _starts_at_zero(name: str) -> bool:
-    return any(part in name for part in ("adaLN_modulation", "img_mod", "txt_mod", "_modulation", "proj_out", "final_layer"))
+    return any(part in name for part in _ZERO)

@@ -1,12 +1,14 @@
-"""Pictures and captions to train on, drawn by all cores into files that every course reads."""
+"""What is trained on, with its captions, drawn by all cores into files that every course reads."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,60 +16,121 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import scenes
+from ..scenes.clips import FRAMES, SAMPLES
 from ..scenes.drawing import SIDE
 
-_CHUNK = 512
+_COPIED: Final = 1 << 28
+"""Bytes that are brought onto a device at once."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kind of scenes.
+
+    Attributes:
+        captions: what the file of the captions is called.
+        arrays: what is drawn of one scene, by the name of its file: shape and type.
+        draw: the caption of a scene that is not held out, and its arrays in their order.
+        chunk: how many scenes are drawn at once.
+        count: how many are drawn if nothing else is asked for.
+    """
+
+    captions: str
+    arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
+    draw: Callable[[np.random.Generator], tuple[str, tuple[np.ndarray, ...]]]
+    chunk: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures [N, 128, 128, 3] uint8, mapped from their file, and their captions."""
+    """Arrays [N, ...] of scenes by name, mapped from their files, and the scenes' captions."""
 
-    pictures: np.ndarray
+    arrays: Mapping[str, np.ndarray]
     captions: list[str]
 
-    def on(self, device: torch.device) -> Tensor:
-        """All pictures [N, 128, 128, 3] uint8 on a device, 6.4 GB for 131,072."""
-        parts = (torch.from_numpy(np.array(self.pictures[start : start + 4096])) for start in range(0, len(self.pictures), 4096))
-        return torch.cat([part.to(device) for part in parts])
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """An array on a device; 131,072 pictures are 6.4 GB, 16,384 clips 13.7 GB."""
+        array = self.arrays[name]
+        whole = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
+        step = max(1, _COPIED // array[0].nbytes)
+        for start in range(0, len(array), step):
+            whole[start : start + step] = torch.from_numpy(np.array(array[start : start + step]))
+        return whole
 
 
-def to_float(pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in -1..1."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_float(drawn: Tensor) -> Tensor:
+    """[B, ..., 3] uint8 -> [B, 3, ...] float32 in -1..1."""
+    return drawn.movedim(-1, 1).float() / 127.5 - 1
 
 
-def draw_all(folder: Path, count: int) -> Drawn:
+def to_bytes(found: Tensor) -> np.ndarray:
+    """[B, 3, ...] in -1..1 -> [B, ..., 3] uint8, on the host."""
+    return ((found.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()
+
+
+def draw_all(folder: Path, count: int, subject: Subject) -> Drawn:
     """`count` scenes that are not held out, drawn into `folder` or found there."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, captions = folder / f"pictures-{count}.npy", folder / f"captions-{count}.json"
+    files, captions = (
+        {name: folder / f"{name}-{count}.npy" for name in subject.arrays},
+        folder / f"{subject.captions}-{count}.json",
+    )
     if not captions.is_file():
-        partial = folder / f".pictures-{count}-{os.getpid()}.npy"
-        shape = (count, SIDE, SIDE, 3)
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        partial = {name: folder / f".{name}-{count}-{os.getpid()}.npy" for name in files}
+        arrays = [
+            np.lib.format.open_memmap(partial[name], mode="w+", dtype=kind, shape=(count, *shape))
+            for name, (shape, kind) in subject.arrays.items()
+        ]
         found: list[str] = []
-        sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
+        starts = range(0, count, subject.chunk)
+        chunks = [(subject, seed, min(subject.chunk, count - start)) for seed, start in enumerate(starts)]
         # A process that has used a GPU cannot be forked; one that has not need not import torch again in every worker.
         with get_context("spawn" if torch.cuda.is_initialized() else "fork").Pool() as pool:
-            for drawn, texts in tqdm(pool.imap(_draw, enumerate(sizes)), "Drawing scenes", len(sizes), unit="chunk"):
-                array[len(found) : len(found) + len(texts)] = drawn
+            for drawn, texts in tqdm(pool.imap(_draw, chunks), f"Drawing {', '.join(files)}", len(chunks), unit="chunk"):
+                for array, part in zip(arrays, drawn, strict=True):
+                    array[len(found) : len(found) + len(texts)] = part
                 found += texts
-        array.flush()
-        partial.replace(pictures)
+        for name, array in zip(files, arrays, strict=True):
+            array.flush()
+            partial[name].replace(files[name])
         written = captions.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(found), encoding="utf-8")
         written.replace(captions)
-    return Drawn(np.load(pictures, mmap_mode="r"), json.loads(captions.read_text(encoding="utf-8")))
+    mapped = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    return Drawn(mapped, json.loads(captions.read_text(encoding="utf-8")))
 
 
-def _draw(numbered: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
-    seed, size = numbered
+def _draw(numbered: tuple[Subject, int, int]) -> tuple[list[np.ndarray], list[str]]:
+    subject, seed, size = numbered
     generator = np.random.default_rng((1, seed))
-    pictures = np.empty((size, SIDE, SIDE, 3), np.uint8)
+    arrays = [np.empty((size, *shape), kind) for shape, kind in subject.arrays.values()]
     captions: list[str] = []
-    while len(captions) < size:
-        scene = scenes.sample(generator)
-        if not scenes.held_out(scene):
-            pictures[len(captions)] = scenes.draw(scene, generator)
-            captions.append(scene.caption)
-    return pictures, captions
+    for index in range(size):
+        caption, drawn = subject.draw(generator)
+        captions.append(caption)
+        for array, one in zip(arrays, drawn, strict=True):
+            array[index] = one
+    return arrays, captions
+
+
+def _picture(generator: np.random.Generator) -> tuple[str, tuple[np.ndarray, ...]]:
+    while scenes.held_out(scene := scenes.sample(generator)):
+        pass
+    return scene.caption, (scenes.draw(scene, generator),)
+
+
+def _clip(generator: np.random.Generator) -> tuple[str, tuple[np.ndarray, ...]]:
+    while scenes.clip_held_out(clip := scenes.sample_clip(generator)):
+        pass
+    return clip.caption, (scenes.draw_clip(clip, generator), scenes.draw_tone(clip, generator))
+
+
+PICTURES: Final = Subject("captions", {"pictures": ((SIDE, SIDE, 3), np.uint8)}, _picture, chunk=512, count=131072)
+CLIPS: Final = Subject(
+    "clip-captions",
+    {"clips": ((FRAMES, SIDE, SIDE, 3), np.uint8), "sounds": ((SAMPLES,), np.int16)},
+    _clip,
+    chunk=32,
+    count=16384,
+)

@@ -16,14 +16,15 @@ from diffusers import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .course import SHIFT, Course, deviations, initialized, tokenizer
+from .course import SHIFT, deviations, initialized, tokenizer
+from .pictures import PictureCourse
 from .z_image import AUTOENCODER, qwen3_config
 
 LAYERS = (1, 2, 3)
 """The hidden states that become the prompt."""
 
 
-class KleinCourse(Course):
+class KleinCourse(PictureCourse):
     """Width 128, and MLPs of 384."""
 
     name = "flux2-klein"

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..qwen_image import VISION, VISION_TOKENS
-from .course import SHIFT, Course, deviations, initialized, tokenizer
+from .course import SHIFT, deviations, initialized, tokenizer
+from .pictures import PictureCourse
 
 DROPPED = 34
 """Tokens of the template before the caption, which the pipeline leaves out (`prompt_template_encode_start_idx`)."""
 
 
-class QwenImageCourse(Course):
+class QwenImageCourse(PictureCourse):
     """Width 96, and MLPs of 384."""
 
     name = "qwen-image"

@@ -1,19 +1,16 @@
-"""The two stages: an autoencoder of scenes, and a transformer with its text encoder on that autoencoder's latents."""
+"""The stages: an autoencoder, and a transformer with its text encoder on the latents of autoencoders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from .. import scenes
-from .course import Course
-from .data import to_float
+from .course import Coding, Course
 from .loop import Budget, Run
 
 KL_WEIGHT: Final = 0.012
@@ -24,44 +21,39 @@ UNGUIDED: Final = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""
 
 
-def train_autoencoder(course: Course, vae: Any, pictures: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:
-    """Mean absolute error and KL divergence on pictures [N, 128, 128, 3] uint8."""
+def train_autoencoder(coding: Coding, vae: Any, drawn: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:
+    """Mean absolute error and KL divergence on data [N, ...] as `coding` keeps it."""
     run = Run([vae], budget, checkpoint)
 
     def loss() -> Tensor:
-        wanted = to_float(pictures[torch.randint(len(pictures), (batch,), device=run.device)])
-        mean, logvar = course.posterior(vae, wanted)
+        wanted = coding.prepared(drawn[torch.randint(len(drawn), (batch,), device=run.device)])
+        mean, logvar = coding.posterior(vae, wanted)
         mean, logvar = mean.float(), logvar.float()
-        found = course.decoded(vae, mean + torch.randn_like(mean) * (0.5 * logvar).exp())
+        found = coding.decoded(vae, mean + torch.randn_like(mean) * (0.5 * logvar).exp())
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / wanted.numel()
         return functional.l1_loss(found.float(), wanted) + KL_WEIGHT * divergence
 
-    run.train(loss, f"{course.name}: autoencoder")
+    run.train(loss, f"{coding.name}: autoencoder")
 
 
 @torch.inference_mode()
-def encode_all(course: Course, vae: Any, pictures: Tensor, batch: int = 512) -> Tensor:
-    """Mean latents [N, C, h, w], float32, of pictures [N, 128, 128, 3] uint8."""
-    parts = tqdm(pictures.split(batch), f"{course.name}: encoding", unit="batch", delay=2)
-    return torch.cat([course.posterior(vae, to_float(part))[0].float() for part in parts]).clone()
+def encode_all(coding: Coding, vae: Any, drawn: Tensor, batch: int = 512) -> Tensor:
+    """Mean latents [N, c, *d], float32, of data [N, ...] as `coding` keeps it."""
+    parts = tqdm(drawn.split(batch), f"{coding.name}: encoding", unit="batch", delay=2)
+    return torch.cat([coding.posterior(vae, coding.prepared(part))[0].float() for part in parts]).clone()
 
 
-@torch.inference_mode()
-def reconstruction_score(course: Course, vae: Any, count: int, device: torch.device) -> float:
-    """The share of scenes that are read right off their reconstructions."""
-    generator = np.random.default_rng(7)
-    wanted = [scenes.sample(generator) for _ in range(count)]
-    pictures = torch.from_numpy(np.stack([scenes.draw(scene, generator) for scene in wanted])).to(device)
-    found = course.decoded(vae, course.posterior(vae, to_float(pictures))[0])
-    values = ((found.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return sum(scenes.score(picture, scene.caption).whole for picture, scene in zip(values, wanted, strict=True)) / count
+@torch.no_grad()
+def clean_all(coding: Coding, vae: Any, latents: Tensor, batch: int = 4096) -> Tensor:
+    """`clean` of latents [N, c, *d], in bfloat16."""
+    return torch.cat([coding.clean(vae, part).bfloat16() for part in latents.split(batch)])
 
 
 def train_denoiser(
     course: Course, pipe: Any, clean: Tensor, captions: list[str], budget: Budget, checkpoint: Path, batch: int
 ) -> None:
-    """Flow matching on clean latents [N, ...], with text encoder and transformer learning together."""
-    run = Run([pipe.text_encoder, pipe.transformer], budget, checkpoint)
+    """Flow matching on clean latents [N, ...], with all that turns captions into a velocity learning together."""
+    run = Run([pipe.components[name] for name in course.learners], budget, checkpoint)
     device = run.device
     known = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
     tokens = course.tokens(pipe.tokenizer, list(known))
@@ -77,6 +69,6 @@ def train_denoiser(
         weight = sigma.view(-1, *[1] * (data.ndim - 1))
         noise = torch.randn_like(data)
         found = course.velocity(pipe, (1 - weight) * data + weight * noise, sigma, ids[caption], mask[caption])
-        return functional.mse_loss(found.float(), noise - data)
+        return course.error(found.float(), noise - data)
 
     run.train(loss, f"{course.name}: denoiser")

@@ -11,7 +11,8 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 from transformers import AutoModel, Qwen3Config
 
-from .course import SHIFT, Course, deviations, initialized, tokenizer
+from .course import SHIFT, deviations, initialized, tokenizer
+from .pictures import PictureCourse
 
 AUTOENCODER: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -37,7 +38,7 @@ def qwen3_config(layers: int) -> Qwen3Config:
     )
 
 
-class ZImageCourse(Course):
+class ZImageCourse(PictureCourse):
     """Width 96, for the MLP is 8/3 as wide: 256, which groups of 128 fit."""
 
     name = "z-image"

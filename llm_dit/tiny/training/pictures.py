@@ -1,0 +1,43 @@
+"""Courses of pictures: one autoencoder, whose latents are what the transformer predicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from .. import scenes
+from .course import Coding, Course, Plan
+from .data import PICTURES, Drawn, to_bytes, to_float
+from .stages import clean_all, encode_all, train_autoencoder
+
+
+class PictureCourse(Course, Coding):
+    """Its data are pictures [B, 3, 128, 128] in -1..1, kept as [B, 128, 128, 3] uint8, its latents are [B, C, h, w]."""
+
+    subject = PICTURES
+
+    def prepared(self, drawn: Tensor) -> Tensor:
+        return to_float(drawn)
+
+    def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
+        pictures = drawn.on("pictures", plan.device)
+        checkpoint = plan.folder / f"{self.name}-vae.safetensors"
+        train_autoencoder(self, pipe.vae, pictures, plan.autoencoder_budget(), checkpoint, plan.amounts.vae_batch)
+        pipe.vae.eval()
+        latents = self.set_statistics(pipe.vae, encode_all(self, pipe.vae, pictures))
+        share = self._reconstruction_score(pipe.vae, 200, plan.device)
+        typer.echo(f"{self.name}: {share:.1%} of 200 reconstructed scenes are read right")
+        return clean_all(self, pipe.vae, latents)
+
+    @torch.inference_mode()
+    def _reconstruction_score(self, vae: Any, count: int, device: torch.device) -> float:
+        """The share of scenes that are read right off their reconstructions."""
+        generator = np.random.default_rng(7)
+        wanted = [scenes.sample(generator) for _ in range(count)]
+        pictures = torch.from_numpy(np.stack([scenes.draw(scene, generator) for scene in wanted])).to(device)
+        found = to_bytes(self.decoded(vae, self.posterior(vae, to_float(pictures))[0]))
+        return sum(scenes.score(picture, scene.caption).whole for picture, scene in zip(found, wanted, strict=True)) / count
