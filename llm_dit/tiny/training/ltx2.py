@@ -18,7 +18,7 @@ from ..scenes.drawing import SIDE
 from . import ltx2_models as models
 from .course import SHIFT, Amounts, Coding, Course, Plan, deviations
 from .data import CLIPS, Drawn, to_bytes, to_float
-from .ltx2_sound import SOUND_TOKENS, SoundCoding, train_vocoder
+from .ltx2_sound import SOUND_TOKENS, SoundCoding, spectrograms, train_vocoder
 from .stages import clean_all, encode_all, train_autoencoder
 
 _GRID: Final = (3, 8, 8)
@@ -95,22 +95,23 @@ class Ltx2Course(Course):
     def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
         seen = self._coded(self.seen, pipe.vae, drawn.on("clips", plan.device), plan, "vae", 1.0)
         sounds = drawn.on("sounds", plan.device)
-        heard = self._coded(self.heard, pipe.audio_vae, sounds, plan, "audio-vae", _SOUND_SHARE)
-        checkpoint = plan.folder / f"{self.name}-vocoder.safetensors"
-        budget = plan.autoencoder_budget(_SOUND_SHARE)
-        train_vocoder(self.heard, pipe.vocoder, pipe.audio_vae, sounds, budget, checkpoint, plan.amounts.vae_batch)
+        heard = self._coded(self.heard, pipe.audio_vae, spectrograms(sounds), plan, "audio-vae", _SOUND_SHARE)
+        with torch.no_grad():
+            mels = torch.cat([self.heard.decoded(pipe.audio_vae, part) for part in heard.split(512)])
+        checkpoint, budget = plan.folder / f"{self.name}-vocoder.safetensors", plan.autoencoder_budget(_SOUND_SHARE)
+        train_vocoder(pipe.vocoder, mels, sounds, budget, checkpoint, plan.amounts.vae_batch)
         pipe.vocoder.eval()
         for part, share in self.reconstructed(pipe, plan.device).items():
             typer.echo(f"{self.name}: {share:.1%} of {_TESTED} reconstructed clips keep their {part}")
-        return torch.cat((seen, heard), dim=1)
+        parts = clean_all(self.seen, pipe.vae, seen), clean_all(self.heard, pipe.audio_vae, heard)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def _coded(self, coding: Coding, vae: Any, drawn: Tensor, plan: Plan, file: str, share: float) -> Tensor:
-        """Trains an autoencoder; [N, tokens * channels] bfloat16 of what it makes of `drawn`."""
+        """Trains an autoencoder for `share` of its minutes; the latents of `drawn`."""
         checkpoint = plan.folder / f"{self.name}-{file}.safetensors"
         train_autoencoder(coding, vae, drawn, plan.autoencoder_budget(share), checkpoint, plan.amounts.vae_batch)
         vae.eval()
-        latents = coding.set_statistics(vae, encode_all(coding, vae, drawn, batch=64))
-        return clean_all(coding, vae, latents).flatten(1)
+        return coding.set_statistics(vae, encode_all(coding, vae, drawn, batch=64))
 
     @torch.inference_mode()
     def reconstructed(self, pipe: Any, device: torch.device) -> dict[str, float]:
@@ -122,8 +123,8 @@ class Ltx2Course(Course):
             frames = torch.from_numpy(scenes.draw_clip(clip, generator)[None]).to(device)
             sound = torch.from_numpy(scenes.draw_tone(clip, generator)[None]).to(device)
             found = self.seen.decoded(pipe.vae, self.seen.posterior(pipe.vae, to_float(frames))[0])
-            mel = self.heard.decoded(pipe.audio_vae, self.heard.posterior(pipe.audio_vae, self.heard.prepared(sound))[0])
-            wave = pipe.vocoder(mel)[0].cpu().numpy()
+            mel = self.heard.prepared(spectrograms(sound))
+            wave = pipe.vocoder(self.heard.decoded(pipe.audio_vae, self.heard.posterior(pipe.audio_vae, mel)[0]))[0].cpu().numpy()
             scores.append(scenes.score_clip(to_bytes(found)[0], clip.caption, wave, pipe.vocoder.config.output_sampling_rate))
         parts = {part: sum(score.parts[part] for score in scores) / len(scores) for part in scores[0].parts}
         return {**parts, "whole": sum(score.whole for score in scores) / len(scores)}

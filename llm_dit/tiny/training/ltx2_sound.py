@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,15 +22,16 @@ SOUND_FRAMES: Final = 4 * SOUND_TOKENS - 3
 _WINDOW: Final = 1024
 
 
-def spectrogram(sounds: Tensor) -> Tensor:
-    """Logarithmic mel spectrogram [B, 2, 69, 32] float32 of sounds [B, samples] int16, the same in both channels."""
-    waves, window = sounds.float() / 32768, torch.hann_window(_WINDOW, device=sounds.device)
-    spectrum = torch.stft(waves, _WINDOW, HOP, window=window, return_complex=True).abs()
-    mel = (_filters(sounds.device) @ spectrum)[..., :SOUND_FRAMES]
-    return mel.clamp(min=1e-5).log().transpose(1, 2).unsqueeze(1).expand(-1, 2, -1, -1)
+@torch.no_grad()
+def spectrograms(sounds: Tensor) -> Tensor:
+    """Logarithmic mel spectrograms [N, 69, 32] float32 of sounds [N, samples] int16."""
+    window, parts = torch.hann_window(_WINDOW, device=sounds.device), []
+    for part in sounds.split(512):
+        spectrum = torch.stft(part.float() / 32768, _WINDOW, HOP, window=window, return_complex=True).abs()
+        parts.append((_filters(sounds.device) @ spectrum)[..., :SOUND_FRAMES].clamp(min=1e-5).log().transpose(1, 2))
+    return torch.cat(parts)
 
 
-@cache
 def _filters(device: torch.device) -> Tensor:
     """[32, 513], each the weights of the frequencies that a bin hears."""
     filters = mel_filter_bank(_WINDOW // 2 + 1, MEL_BINS, 0.0, SOUND_RATE / 2, SOUND_RATE, norm="slaney", mel_scale="slaney")
@@ -39,12 +39,12 @@ def _filters(device: torch.device) -> Tensor:
 
 
 class SoundCoding(Coding):
-    """Spectrograms [B, 2, 69, 32], of sounds kept as [B, samples] int16; latents [B, 2, 18, 8]."""
+    """Spectrograms [B, 2, 69, 32] of both channels, kept as one [B, 69, 32] for the two; latents [B, 2, 18, 8]."""
 
     name = "ltx-2 sound"
 
     def prepared(self, drawn: Tensor) -> Tensor:
-        return spectrogram(drawn)
+        return drawn.unsqueeze(1).expand(-1, 2, -1, -1)
 
     def moments(self, vae: Any, data: Tensor) -> Tensor:
         return vae.encoder(data)
@@ -64,20 +64,16 @@ class SoundCoding(Coding):
         return LTX2Pipeline._normalize_audio_latents(packed, vae.latents_mean, vae.latents_std)
 
 
-def train_vocoder(
-    coding: SoundCoding, vocoder: Any, vae: Any, sounds: Tensor, budget: Budget, checkpoint: Path, batch: int
-) -> None:
-    """Mean absolute error of waveforms, made of the spectrograms of sounds [N, samples] int16 as their autoencoder decodes them.
+def train_vocoder(vocoder: Any, mels: Tensor, sounds: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:
+    """Mean absolute error of waveforms: spectrograms [N, 2, 69, 32] as their autoencoder decodes them, sounds [N, samples] int16.
 
     No adversary is needed: the pitches have whole periods in a frame, and so one phase in all frames.
     """
     run = Run([vocoder], budget, checkpoint)
 
     def loss() -> Tensor:
-        drawn = sounds[torch.randint(len(sounds), (batch,), device=run.device)]
-        with torch.no_grad():
-            heard = coding.decoded(vae, coding.posterior(vae, coding.prepared(drawn))[0])
-        wanted = drawn[:, None, : SOUND_FRAMES * HOP].float() / 32768
-        return functional.l1_loss(vocoder(heard).float(), wanted.expand(-1, 2, -1))
+        rows = torch.randint(len(sounds), (batch,), device=run.device)
+        wanted = sounds[rows, None, : SOUND_FRAMES * HOP].float() / 32768
+        return functional.l1_loss(vocoder(mels[rows]).float(), wanted.expand(-1, 2, -1))
 
-    run.train(loss, f"{coding.name}: vocoder")
+    run.train(loss, "ltx-2: vocoder")
