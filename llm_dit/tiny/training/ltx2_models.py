@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GemmaTokenizer
 
 from .. import scenes
@@ -99,7 +100,7 @@ def connectors() -> LTX2TextConnectors:
 
 def transformer() -> LTX2VideoTransformer3DModel:
     """Three blocks, 128 wide for what is seen, with positions that a clip of 128 px and a second fills."""
-    return initialized(
+    model = initialized(
         lambda: LTX2VideoTransformer3DModel(
             in_channels=CHANNELS,
             out_channels=CHANNELS,
@@ -123,6 +124,11 @@ def transformer() -> LTX2VideoTransformer3DModel:
         ),
         seed=4,
     )
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            # Of queries and keys; as in Z-Image, their gradients take too long.
+            module.requires_grad_(False)
+    return model
 
 
 def video_vae() -> AutoencoderKLLTX2Video:
@@ -154,7 +160,7 @@ def audio_vae() -> AutoencoderKLLTX2Audio:
         lambda: AutoencoderKLLTX2Audio(
             base_channels=SOUND_WIDTH,
             ch_mult=(1, 1, 1),
-            num_res_blocks=1,
+            num_res_blocks=0,
             latent_channels=SOUND_CHANNELS,
             sample_rate=SOUND_RATE,
             mel_hop_length=HOP,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.audio_utils import mel_filter_bank
 
 from ..scenes.clips import FRAME_RATE, FRAMES, SOUND_RATE
-from .course import DEAD, Coding
+from .course import Coding, deviations
 from .loop import Budget, Run
 from .ltx2_models import HOP, MEL_BINS
 
@@ -54,9 +54,8 @@ class SoundCoding(Coding):
 
     def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
         packed = LTX2Pipeline._pack_audio_latents(latents)
-        deviation = packed.std(dim=(0, 1))
         vae.latents_mean.copy_(packed.mean(dim=(0, 1)))
-        vae.latents_std.copy_(torch.where(deviation > DEAD, deviation, torch.ones_like(deviation)))
+        vae.latents_std.copy_(deviations(packed.transpose(1, 2)))
         return latents
 
     def clean(self, vae: Any, latents: Tensor) -> Tensor:
