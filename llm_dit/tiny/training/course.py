@@ -74,9 +74,9 @@ class Plan:
     amounts: Amounts
     captured: bool
 
-    def autoencoder_budget(self, share: float = 1.0) -> Budget:
-        """Of a model that takes `share` of an autoencoder's minutes."""
-        return Budget(share * self.amounts.vae_minutes, 1.5e-3, self.captured)
+    def autoencoder_budget(self, rate: float = 1.5e-3, share: float = 1.0) -> Budget:
+        """Of a model that takes `share` of the autoencoder's minutes."""
+        return Budget(share * self.amounts.vae_minutes, rate, self.captured)
 
 
 class Coding(ABC):

@@ -18,12 +18,15 @@ from ..scenes.drawing import SIDE
 from . import ltx2_models as models
 from .course import SHIFT, Amounts, Coding, Course, Plan, deviations
 from .data import CLIPS, Drawn, to_bytes, to_float
+from .loop import Budget
 from .ltx2_sound import SOUND_TOKENS, SoundCoding, spectrograms, train_vocoder
 from .stages import clean_all, encode_all, train_autoencoder
 
 _GRID: Final = (3, 8, 8)
 """Latents of a clip: frames, rows, columns."""
 _CLIP: Final = 3 * 8 * 8 * models.CHANNELS
+_CLIP_RATE: Final = 6e-4
+"""A convolution sums over three frames what it sums over one in pictures, and takes smaller steps."""
 _SOUND_SHARE: Final = 0.25
 """Of the autoencoder's minutes, for the autoencoder of the sound, and for the vocoder."""
 _TESTED: Final = 100
@@ -93,23 +96,23 @@ class Ltx2Course(Course):
         )
 
     def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
-        seen = self._coded(self.seen, pipe.vae, drawn.on("clips", plan.device), plan, "vae", 1.0)
-        sounds = drawn.on("sounds", plan.device)
-        heard = self._coded(self.heard, pipe.audio_vae, spectrograms(sounds), plan, "audio-vae", _SOUND_SHARE)
+        clips, sounds = drawn.on("clips", plan.device), drawn.on("sounds", plan.device)
+        short = plan.autoencoder_budget(share=_SOUND_SHARE)
+        seen = self._coded(self.seen, pipe.vae, clips, "vae", plan, plan.autoencoder_budget(_CLIP_RATE))
+        heard = self._coded(self.heard, pipe.audio_vae, spectrograms(sounds), "audio-vae", plan, short)
         with torch.no_grad():
             mels = torch.cat([self.heard.decoded(pipe.audio_vae, part) for part in heard.split(512)])
-        checkpoint, budget = plan.folder / f"{self.name}-vocoder.safetensors", plan.autoencoder_budget(_SOUND_SHARE)
-        train_vocoder(pipe.vocoder, mels, sounds, budget, checkpoint, plan.amounts.vae_batch)
+        checkpoint = plan.folder / f"{self.name}-vocoder.safetensors"
+        train_vocoder(pipe.vocoder, mels, sounds, short, checkpoint, plan.amounts.vae_batch)
         pipe.vocoder.eval()
         for part, share in self.reconstructed(pipe, plan.device).items():
             typer.echo(f"{self.name}: {share:.1%} of {_TESTED} reconstructed clips keep their {part}")
         parts = clean_all(self.seen, pipe.vae, seen), clean_all(self.heard, pipe.audio_vae, heard)
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
-    def _coded(self, coding: Coding, vae: Any, drawn: Tensor, plan: Plan, file: str, share: float) -> Tensor:
-        """Trains an autoencoder for `share` of its minutes; the latents of `drawn`."""
-        checkpoint = plan.folder / f"{self.name}-{file}.safetensors"
-        train_autoencoder(coding, vae, drawn, plan.autoencoder_budget(share), checkpoint, plan.amounts.vae_batch)
+    def _coded(self, coding: Coding, vae: Any, drawn: Tensor, file: str, plan: Plan, budget: Budget) -> Tensor:
+        """Trains an autoencoder; the latents of `drawn`."""
+        train_autoencoder(coding, vae, drawn, budget, plan.folder / f"{self.name}-{file}.safetensors", plan.amounts.vae_batch)
         vae.eval()
         return coding.set_statistics(vae, encode_all(coding, vae, drawn, batch=64))
 

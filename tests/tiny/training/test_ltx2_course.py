@@ -9,8 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 from llm_dit.tiny import scenes
 from llm_dit.tiny.scenes.clips import SAMPLES, SOUND_RATE
+from llm_dit.tiny.training import ltx2
 from llm_dit.tiny.training import ltx2_models as models
 from llm_dit.tiny.training.__main__ import COURSES
+from llm_dit.tiny.training.course import Amounts, Plan
+from llm_dit.tiny.training.data import draw_all
 from llm_dit.tiny.training.ltx2_sound import SOUND_FRAMES, spectrograms
 
 COURSE = COURSES["ltx-2"]
@@ -147,3 +150,19 @@ def test_every_word_of_a_caption_is_a_token_and_the_weights_fit():
     modules = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
     assert sum(2 * parameter.numel() for model in modules for parameter in model.parameters()) < 5e6
     assert json.loads(json.dumps(COURSE.call)) == COURSE.call
+
+
+def test_the_stages_before_the_denoiser_go_on_from_their_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(ltx2, "_TESTED", 1)
+    drawn = draw_all(tmp_path, 3, COURSE.subject)
+    plan = Plan(tmp_path, torch.device("cpu"), Amounts(vae_minutes=0.002, vae_batch=1), captured=False)
+    pipe = COURSE.build()
+    clean = COURSE.latents(pipe, drawn, plan)
+    assert (clean.shape, clean.dtype) == ((3, CLIP + 18 * 16), torch.bfloat16)
+    assert clean.isfinite().all()
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {
+        f"ltx-2-{name}.safetensors" for name in ("vae", "audio-vae", "vocoder")
+    }
+    again = COURSE.build()
+    assert torch.equal(COURSE.latents(again, drawn, plan), clean)
+    assert torch.equal(again.vocoder.conv_in.weight, pipe.vocoder.conv_in.weight)
