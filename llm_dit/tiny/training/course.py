@@ -108,6 +108,10 @@ class Coding(ABC):
     def clean(self, vae: Any, latents: Tensor) -> Tensor:
         """What the transformer is to predict for latents [B, c, *d]: normalized, and in the shape that it takes."""
 
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """How far data are from data [B, C, *D]."""
+        return functional.l1_loss(found, wanted)
+
     def posterior(self, vae: Any, data: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents [B, c, *d] of data [B, C, *D]; bounded as in diffusers' distribution."""
         mean, logvar = self.moments(vae, data).chunk(2, dim=1)
@@ -147,8 +151,8 @@ class Course(ABC):
     def velocity(self, pipe: Any, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The transformer's estimate of noise - clean at noisy = (1 - sigma) clean + sigma noise; sigma is [B]."""
 
-    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
-        """The loss of a velocity [B, ...]."""
+    def velocity_error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """How far velocities [B, ...] are from the true ones."""
         return functional.mse_loss(found, wanted)
 
     def tokens(self, tokenizer: Any, captions: Sequence[str]) -> Tokens:

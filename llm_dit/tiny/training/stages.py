@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .course import Coding, Course
@@ -22,7 +21,7 @@ UNGUIDED: Final = 0.1
 
 
 def train_autoencoder(coding: Coding, vae: Any, drawn: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:
-    """Mean absolute error and KL divergence on data [N, ...] as `coding` keeps it."""
+    """Error and KL divergence on data [N, ...] as `coding` keeps it."""
     run = Run([vae], budget, checkpoint)
 
     def loss() -> Tensor:
@@ -31,7 +30,7 @@ def train_autoencoder(coding: Coding, vae: Any, drawn: Tensor, budget: Budget, c
         mean, logvar = mean.float(), logvar.float()
         found = coding.decoded(vae, mean + torch.randn_like(mean) * (0.5 * logvar).exp())
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / wanted.numel()
-        return functional.l1_loss(found.float(), wanted) + KL_WEIGHT * divergence
+        return coding.error(found.float(), wanted) + KL_WEIGHT * divergence
 
     run.train(loss, f"{coding.name}: autoencoder")
 
@@ -69,6 +68,6 @@ def train_denoiser(
         weight = sigma.view(-1, *[1] * (data.ndim - 1))
         noise = torch.randn_like(data)
         found = course.velocity(pipe, (1 - weight) * data + weight * noise, sigma, ids[caption], mask[caption])
-        return course.error(found.float(), noise - data)
+        return course.velocity_error(found.float(), noise - data)
 
     run.train(loss, f"{course.name}: denoiser")

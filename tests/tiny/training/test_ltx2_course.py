@@ -128,7 +128,7 @@ def test_a_step_can_be_captured():
     uses = [FromHost(), FromHost()]
     for use in uses:
         with use, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            COURSE.error(COURSE.velocity(pipe, noisy, sigma, ids, mask).float(), noisy).backward()
+            COURSE.velocity_error(COURSE.velocity(pipe, noisy, sigma, ids, mask).float(), noisy).backward()
     assert uses[0].found
     assert uses[1].found == []
 
