@@ -168,10 +168,10 @@ class Course(ABC):
         return Tokens(found.input_ids, found.attention_mask)
 
 
-def deviations(latents: Tensor) -> Tensor:
+def deviations(latents: Tensor, dead: float = _DEAD) -> Tensor:
     """Of the channels of latents [B, C, ...], [C]; 1 for one that carries nothing: what is left in it shall stay small."""
     found = latents.transpose(0, 1).flatten(1).std(dim=1)
-    return torch.where(found > _DEAD, found, torch.ones_like(found))
+    return torch.where(found > dead, found, torch.ones_like(found))
 
 
 def tokenizer() -> Qwen2Tokenizer:

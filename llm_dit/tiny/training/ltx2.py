@@ -52,7 +52,8 @@ class ClipCoding(Coding):
 
     def set_statistics(self, vae: Any, latents: Tensor) -> Tensor:
         vae.latents_mean.copy_(latents.mean(dim=(0, 2, 3, 4)))
-        vae.latents_std.copy_(deviations(latents))
+        # Its channels share one variance, mostly a small one, beside which a weak channel still carries something.
+        vae.latents_std.copy_(deviations(latents, dead=0.05))
         return latents
 
     def clean(self, vae: Any, latents: Tensor) -> Tensor:
