@@ -33,7 +33,7 @@ def train(
     folder: Annotated[Path, typer.Option(help="Scenes and checkpoints; a run goes on from them.")],
     output: Annotated[Path | None, typer.Option(help="Where the pipeline goes; the folder.")] = None,
     scenes: Annotated[int | None, typer.Option(min=16, help="Pictures or clips to train on.")] = None,
-    vae_minutes: Annotated[float | None, typer.Option(min=0)] = None,
+    vae_minutes: Annotated[float | None, typer.Option(min=0, help="Of the autoencoder.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Of transformer and text encoder.")] = None,
     vae_batch: Annotated[int | None, typer.Option(min=1)] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,

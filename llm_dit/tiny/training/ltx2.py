@@ -110,8 +110,8 @@ class Ltx2Course(Course):
         checkpoint = plan.folder / f"{self.name}-vocoder.safetensors"
         train_vocoder(pipe.vocoder, mels, sounds, short, checkpoint, plan.amounts.vae_batch)
         pipe.vocoder.eval()
-        for part, share in self.reconstructed(pipe, plan.device).items():
-            typer.echo(f"{self.name}: {share:.1%} of {_TESTED} reconstructed clips keep their {part}")
+        kept = ", ".join(f"{part} {share:.0%}" for part, share in self.reconstructed(pipe, plan.device).items())
+        typer.echo(f"{self.name}: of {_TESTED} reconstructed clips is read right: {kept}")
         parts = clean_all(self.seen, pipe.vae, seen), clean_all(self.heard, pipe.audio_vae, heard)
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
@@ -123,7 +123,7 @@ class Ltx2Course(Course):
 
     @torch.inference_mode()
     def reconstructed(self, pipe: Any, device: torch.device) -> dict[str, float]:
-        """The share of clips whose parts, as in `scenes.score_clip`, are read right off their reconstructions."""
+        """By part as in `scenes.score_clip`, and "all": the share of clips in whose reconstructions it is read right."""
         generator = np.random.default_rng(7)
         scores = []
         for _ in range(_TESTED):
@@ -135,7 +135,7 @@ class Ltx2Course(Course):
             wave = pipe.vocoder(self.heard.decoded(pipe.audio_vae, self.heard.posterior(pipe.audio_vae, mel)[0]))[0].cpu().numpy()
             scores.append(scenes.score_clip(to_bytes(found)[0], clip.caption, wave, pipe.vocoder.config.output_sampling_rate))
         parts = {part: sum(score.parts[part] for score in scores) / len(scores) for part in scores[0].parts}
-        return {**parts, "whole": sum(score.whole for score in scores) / len(scores)}
+        return {**parts, "all": sum(score.whole for score in scores) / len(scores)}
 
     def velocity_error(self, found: Tensor, wanted: Tensor) -> Tensor:
         """Both modalities weigh the same, however many tokens they have."""
