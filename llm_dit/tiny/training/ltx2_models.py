@@ -1,9 +1,10 @@
-"""The models of the trained LTX-2: the layout of 2.0, about 2.4 million parameters in all."""
+"""The models of the trained LTX-2: the layout of 2.0, about 2.5 million parameters in all."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from torch import nn
@@ -133,7 +134,7 @@ def transformer() -> LTX2VideoTransformer3DModel:
 
 def video_vae() -> AutoencoderKLLTX2Video:
     """16 pixels and 8 frames a latent; the decoder finds the frames first, where they are small, and then the pixels."""
-    return initialized(
+    model = initialized(
         lambda: AutoencoderKLLTX2Video(
             latent_channels=CHANNELS,
             block_out_channels=(32, 32, 32, 32),
@@ -152,6 +153,10 @@ def video_vae() -> AutoencoderKLLTX2Video:
         ),
         seed=1,
     )
+    # The one log variance of all channels: with noise as large as the latents the decoder would first learn to ignore them.
+    with torch.no_grad():
+        model.encoder.conv_out.conv.bias[-1] = -4
+    return model
 
 
 def audio_vae() -> AutoencoderKLLTX2Audio:
