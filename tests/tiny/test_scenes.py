@@ -30,7 +30,7 @@ def test_what_is_drawn_is_read(seed):
     assert score(picture, scene.caption).whole, (scene.caption, score(picture, scene.caption))
 
 
-@given(seed=seeds, noise=st.floats(0, 10), blur=st.floats(0, 1.0))
+@given(seed=seeds, noise=st.floats(0, 4), blur=st.floats(0, 0.7))
 @settings(max_examples=100, deadline=None)
 def test_through_noise_and_blur(seed, noise, blur):
     scene, picture = drawn(seed)
