@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..quantization.torchao_tensors.int4 import group_size_for
+from ..quantization.torchao_tensors.int4 import fitted_range, group_size_for
 from ..tiny import scenes
 from .results import Row
 from .sensitivity import Sensitivity, relative
 
 _SCALE_BITS: Final = 16
 """Of a scale, and of a zero point: bfloat16."""
-_SHARES: Final = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
-"""Of a group's range that are tried, all around its middle."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Grid:
 
     Attributes:
         group: weights of a row that share a scale, at most.
-        range: what the 16 values span: "minmax" from the smallest weight to the largest; "symmetric" around 0; "mse" the share
-            of min to max with the least squared error; "hqq" min to max with the zero point that half-quadratic splitting
+        range: what the 16 values span: "mse" the share of smallest to largest with the least squared error, as the method int4
+            does; "minmax" all of it; "symmetric" around 0; "hqq" all of it, with the zero point that half-quadratic splitting
             finds (Badri and Shaji, 2023: mobiusml.github.io/hqq_blog).
         rank: of a correction U V in bfloat16 beside the weight, the best for its error (LQER, arXiv:2402.02446); 0 is none.
     """
@@ -63,15 +61,15 @@ class Grid:
 
 
 GRIDS: Final = (
-    Grid(128, "minmax"),
     Grid(128, "mse"),
+    Grid(128, "minmax"),
     Grid(128, "hqq"),
     Grid(64, "symmetric"),
     Grid(64, "minmax"),
     Grid(64, "mse"),
     Grid(32, "symmetric"),
     Grid(32, "minmax"),
-    Grid(128, "minmax", rank=4),
+    Grid(128, "mse", rank=4),
 )
 
 
@@ -119,14 +117,8 @@ def _symmetric(grouped: Tensor) -> Tensor:
 
 
 def _mse(grouped: Tensor) -> Tensor:
-    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    best, least = grouped, torch.full_like(low, torch.inf)
-    for share in _SHARES:
-        cut = (high - low) * (1 - share) / 2
-        found = _between(grouped, low + cut, high - cut)
-        error = (found - grouped).square().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, found, best), torch.minimum(error, least)
-    return best
+    low, step = (part.float().unsqueeze(-1) for part in fitted_range(grouped, torch.bfloat16))
+    return ((grouped - low) / step).round().clamp(0, 15) * step + low
 
 
 def _hqq(grouped: Tensor, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Tensor:

@@ -59,8 +59,8 @@ class Amounts:
         minutes: of transformer and text encoder.
     """
 
-    vae_minutes: float = 1.5
-    minutes: float = 5
+    vae_minutes: float = 2
+    minutes: float = 13
     vae_batch: int = 64
     batch: int = 512
 
