@@ -323,15 +323,21 @@ def convert(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the pipeline and demo.png go.")] = Path("demo"),
-    method: Annotated[str, typer.Option(help=f"Method of transformer and encoder: {METHODS_HELP}.")] = "int8",
+    folder: Annotated[Path, typer.Option(help="Where the pictures and demo.png go.")] = Path("demo"),
+    methods: Annotated[
+        str, typer.Option(help="Methods beside bf16, separated by commas.")
+    ] = "int8,fp8-dynamic,fp8-weight-only,int4",
 ) -> None:
-    """Build a tiny Z-Image, load it quantized, and generate on the CPU."""
+    """Draw three captions with a trained tiny Z-Image, in bf16 and quantized, and compare them on one sheet."""
+    from .bench.quality import methods_of
+    from .bench.quality_report import table
     from .demo import run_demo
+    from .quantization import VALID_METHODS
 
-    result = run_demo(folder, method)
-    print_plain(str(result.pipe.quantization_report))
-    console.print(f"wrote {result.output} in {result.generate_seconds:.1f} s (random weights: the picture is noise)")
+    shown = run_demo(folder, methods_of(methods) or VALID_METHODS)
+    print_plain(shown.report)
+    print_plain(table(shown.rows))
+    console.print(f"wrote {shown.sheet}")
 
 
 def main() -> NoReturn:

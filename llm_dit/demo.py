@@ -1,33 +1,62 @@
-"""`make demo`: a tiny Z-Image, from nothing to a picture and a report."""
+"""`make demo`: the same captions drawn by a trained tiny Z-Image in bf16 and under every method, on one sheet."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from .generate import Generated, GenerateOptions, generate
-from .tiny import build
+import torch
+
+from .bench import quality
+from .bench.quality_report import contact_sheet
+from .bench.results import Row
+from .load import load_pipeline
+from .quantization import VALID_METHODS
+from .tiny.trained import trained
+
+PROMPTS: Final = (
+    "a small red circle above a large blue square",
+    "a large green triangle to the left of a small yellow cross",
+    "a small cyan square below a large purple circle",
+)
 
 
-def run_demo(folder: Path, method: str = "int8", steps: int = 8) -> Generated:
-    """Builds a tiny Z-Image with random weights, saves it, loads it quantized and generates.
+@dataclass(frozen=True)
+class Shown:
+    """What the demo made.
 
-    The weights are random, so the picture is noise: what it shows is that the whole path works.
+    Attributes:
+        sheet: the contact sheet, PNG.
+        rows: what was measured, by method.
+        report: what loading with the first method said that it did.
+    """
+
+    sheet: Path
+    rows: list[Row]
+    report: str
+
+
+def run_demo(folder: Path, methods: Sequence[str] = VALID_METHODS, prompts: Sequence[str] = PROMPTS) -> Shown:
+    """Draws, compares and writes `folder`/demo.png; an interrupted run goes on.
 
     Args:
-        folder: where the pipeline and demo.png go; made if it is not there.
-        method: the method of the transformer and the encoder; the vae is in int8.
-        steps: denoising steps.
+        folder: where the pictures go; made if it is not there.
+        methods: of the transformer, beside bf16.
+        prompts: captions of scenes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "tiny-z-image"
-    build("z-image").save_pretrained(model)
-    return generate(
-        GenerateOptions(
-            model=str(model),
-            prompt="a red circle above a blue square",
-            output=folder / "demo.png",
-            load={"quantization": {"transformer": method, "encoder": method, "vae": "int8"}},
-            call={"height": 128, "width": 128, "num_inference_steps": steps, "guidance_scale": 0.0},
-            device="cpu",
-        )
+    options = quality.Options(
+        str(trained("z-image")),
+        tuple(methods),
+        tuple(prompts),
+        folder / "pictures",
+        captions=True,
+        floor="skip",
+        batch=len(prompts),
     )
+    rows = list(quality.run(options))
+    sheet = folder / "demo.png"
+    contact_sheet(rows, options.folder, options.prompts).save(sheet)
+    pipe = load_pipeline(options.source, quantization={"transformer": methods[0], "vae": "int8"}, torch_dtype=torch.bfloat16)
+    return Shown(sheet, rows, str(pipe.quantization_report))
