@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 from split_worker import CASES
 
 from llm_dit import load_pipeline
@@ -22,17 +23,17 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
 
 
-def start(port, *arguments):
-    command = [*TORCHRUN, "--master-port", str(port), *map(str, arguments)]
+def start(*arguments):
+    command = [*TORCHRUN, "--master-port", free_port(), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
-def split(kind, port, tiny, folder):
+def split(kind, tiny, folder):
     names = dict.fromkeys(name for name, _, _ in CASES.values())
     folders = {name: str(tiny(name)) for name in names if can_build(name)}
-    code, text = start(port, ROOT / "tests/split_worker.py", kind, folder / "found.json", json.dumps(folders))
+    code, text = start(ROOT / "tests/split_worker.py", kind, folder / "found.json", json.dumps(folders))
     assert code == 0, text[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -45,7 +46,7 @@ def can_build(name):
 
 @pytest.fixture(scope="module")
 def ulysses(tiny, tmp_path_factory):
-    return split("ulysses", 29617, tiny, tmp_path_factory.mktemp("ulysses"))
+    return split("ulysses", tiny, tmp_path_factory.mktemp("ulysses"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,7 +65,7 @@ def test_two_processes_give_what_one_gives(case, ulysses):
 def test_rings_on_gpus(tiny, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for case, found in split("ring", 29618, tiny, tmp_path).items():
+    for case, found in split("ring", tiny, tmp_path).items():
         if "length" in case and "even" not in case:
             assert "takes no mask" in found["refused"]
         else:
@@ -74,7 +75,7 @@ def test_rings_on_gpus(tiny, tmp_path):
 def test_the_command_line_writes_one_picture(tiny, tmp_path):
     small = ["--height", "64", "--width", "64", "--steps", "2", "--device", "cpu", "--model", tiny("z-image")]
     script = ROOT / "pipelines/z_image.py"
-    code, text = start(29619, script, "a red circle", *small, "--context-parallel", "ulysses", "-o", tmp_path / "two.png")
+    code, text = start(script, "a red circle", *small, "--context-parallel", "ulysses", "-o", tmp_path / "two.png")
     assert code == 0, text
     assert text.count("two.png") == 1
     size = {"height": 64, "width": 64, "num_inference_steps": 2}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -107,7 +108,7 @@ def started(tiny, folder, *launcher):
 
 
 def test_workers_together_make_what_one_makes(whole, tiny, tmp_path):
-    torchrun = ("-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29620")
+    torchrun = ("-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
     run = started(tiny, tmp_path, *torchrun)
     text, errors = run.communicate()
     assert run.returncode == 0, errors
