@@ -21,7 +21,7 @@ from .families.base import Family, Published
 from .load import pipeline_class_of
 from .loader import names_repository, read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
-from .names import nearest
+from .names import first_line, nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
 
 
@@ -170,8 +170,7 @@ def _configurations(source: str, hub: Mapping[str, Any]) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json"], **hub))
     except Exception as error:  # offline, no such repository, no access: the Hub's many errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{source!r} is no folder here, and the Hub does not give it: {reason}") from error
+        raise ValueError(f"{source!r} is no folder here, and the Hub does not give it: {first_line(error)}") from error
 
 
 def _published_for(cls: type[QuantizablePipelineMixin]) -> Published:

@@ -23,6 +23,7 @@ from .checkpoints.plan import PartsMissingError, Plan, Wanted, plan_component
 from .checkpoints.recognize import recognize
 from .families.base import Family
 from .loader import component_report, read_json
+from .names import first_line
 from .quantization import METHODS, ComponentReport, get_method
 from .request import LoadRequest
 
@@ -169,6 +170,4 @@ def resolve_file(name: str, hub: Mapping[str, Any]) -> Path:
         keywords = {key: value for key, value in hub.items() if key != "revision"}
         return Path(hf_hub_download("/".join(words[:2]), "/".join(words[2:]), **keywords))
     except Exception as error:  # offline, no such repository, no such file, no access: the Hub's many errors
-        raise FileNotFoundError(
-            f"{name!r} is neither a local file nor one that the Hub gives: {str(error).splitlines()[0] or type(error).__name__}"
-        ) from error
+        raise FileNotFoundError(f"{name!r} is neither a local file nor one that the Hub gives: {first_line(error)}") from error

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .names import first_line
 from .quantization.sizes import plain_parts
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class GraphedForward:
             logger.warning(
                 "%s cannot be captured in a CUDA graph and runs without one: %s",
                 type(self._living()).__name__,
-                str(error).splitlines()[0],
+                first_line(error),
             )
             self._refused.add(signature)
             return False

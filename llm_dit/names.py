@@ -30,3 +30,8 @@ def check_name(value: str, valid: Sequence[str], what: str) -> str:
     if value not in valid:
         raise ValueError(f"unknown {what} {value!r}: {nearest(value, valid)}")
     return value
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

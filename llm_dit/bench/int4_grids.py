@@ -104,6 +104,10 @@ def _between(grouped: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """[N, groups, G] rounded to 16 values from low to high, both [N, groups, 1]; scales as they are stored."""
     step = ((high - low) / 15).bfloat16().float().clamp(min=torch.finfo(torch.bfloat16).tiny)
     low = low.bfloat16().float()
+    return _snapped(grouped, low, step)
+
+
+def _snapped(grouped: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return ((grouped - low) / step).round().clamp(0, 15) * step + low
 
 
@@ -118,7 +122,7 @@ def _symmetric(grouped: Tensor) -> Tensor:
 
 def _mse(grouped: Tensor) -> Tensor:
     low, step = (part.float().unsqueeze(-1) for part in fitted_range(grouped, torch.bfloat16))
-    return ((grouped - low) / step).round().clamp(0, 15) * step + low
+    return _snapped(grouped, low, step)
 
 
 def _hqq(grouped: Tensor, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Tensor:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from llm_dit.tiny.common import seeded_layers
-from llm_dit.tiny.tokenizers import train_bpe
+from llm_dit.tiny.tokenizers import GEMMA_SPECIAL_TOKENS, train_bpe
 
 Version = Literal["2.0", "2.3", "2.5"]
 
@@ -91,7 +91,7 @@ def scheduler(version: Version) -> FlowMatchEulerDiscreteScheduler:
 
 def gemma_tokenizer() -> GemmaTokenizer:
     """A Gemma tokenizer, which pads on the left."""
-    vocab, merges = train_bpe(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+    vocab, merges = train_bpe(list(GEMMA_SPECIAL_TOKENS))
     # Annotated as strings, but handed on to a BPE, which takes pairs.
     return GemmaTokenizer(vocab=vocab, merges=cast(list[str], merges), model_max_length=512)
 

@@ -22,7 +22,7 @@ COLOURS: Final = {
 SIZES: Final = ("small", "large")
 RELATIONS: Final = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}
 """Where the first thing lies from the second, as (x, y) with y downwards."""
-HELD_OUT_IN: Final = 10
+_HELD_OUT_IN: Final = 10
 """Of so many captions one is held out."""
 THING: Final = rf"an? ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"{THING}(?: ({'|'.join(RELATIONS)}) {THING})?")
@@ -82,4 +82,9 @@ def sample(generator: np.random.Generator, single: float = 0.15) -> Scene:
 
 def held_out(scene: Scene) -> bool:
     """True for a tenth of the scenes of two things, always the same: no model is trained on them, and scores are theirs."""
-    return len(scene.things) == 2 and blake2b(scene.caption.encode(), digest_size=2).digest()[0] % HELD_OUT_IN == 0
+    return len(scene.things) == 2 and is_drawn_out(scene.caption)
+
+
+def is_drawn_out(caption: str) -> bool:
+    """True for about a tenth of all captions, always the same."""
+    return blake2b(caption.encode(), digest_size=2).digest()[0] % _HELD_OUT_IN == 0

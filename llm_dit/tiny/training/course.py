@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2Tokenizer
@@ -35,7 +36,7 @@ WORDS = (
 
 
 SHIFT: Final = 2.0
-"""Of the sigmas: noisier ones are trained more, and the schedulers shift likewise."""
+"""Of the sigmas of the pipelines' schedulers: more of their steps are noisy ones."""
 
 
 _DEAD: Final = 0.2
@@ -212,6 +213,13 @@ _ZERO: Final = (
     "final_layer",
 )
 """In the names of modulations and predictions."""
+
+
+def fix_norms(model: nn.Module) -> None:
+    """Leaves the weights of RMS norms at 1: scales follow them, and their gradients, sums over all tokens, take too long."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm | nn.RMSNorm):
+            module.requires_grad_(False)
 
 
 def _starts_at_zero(name: str) -> bool:

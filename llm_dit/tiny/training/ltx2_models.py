@@ -7,14 +7,13 @@ from typing import Any, Final
 import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
-from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GemmaTokenizer
 
 from .. import scenes
 from ..scenes.clips import SOUND_RATE
 from ..tokenizers import CORPUS
 from ..tokenizers import gemma_tokenizer as trained_tokenizer
-from .course import initialized
+from .course import fix_norms, initialized
 
 CHANNELS: Final = 32
 """Of the latents of a clip."""
@@ -125,10 +124,7 @@ def transformer() -> LTX2VideoTransformer3DModel:
         ),
         seed=4,
     )
-    for module in model.modules():
-        if isinstance(module, nn.RMSNorm):
-            # Of queries and keys; as in Z-Image, their gradients take too long.
-            module.requires_grad_(False)
+    fix_norms(model)
     return model
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 from transformers import AutoModel, Qwen3Config
 
-from .course import SHIFT, deviations, initialized, tokenizer
+from .course import SHIFT, deviations, fix_norms, initialized, tokenizer
 from .pictures import PictureCourse
 
 AUTOENCODER: dict[str, Any] = {
@@ -53,10 +52,7 @@ class ZImageCourse(PictureCourse):
             ),
             seed=3,
         )
-        for module in transformer.modules():
-            if isinstance(module, RMSNorm):
-                # Scales follow them anyway, and their gradients, sums over all tokens of a batch, took a third of a step.
-                module.requires_grad_(False)
+        fix_norms(transformer)
         return ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
             vae=initialized(
