@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -64,10 +65,15 @@ class Turns:
         self._turn = ""
         move_models([models["vae"]], device)
         for model in self._encoders:
-            model.register_forward_pre_hook(lambda *_: self._take("encoders", self._encoders, self._rest))
+            model.register_forward_pre_hook(self._encode, with_kwargs=True)
         for name in ("connectors", "transformer"):
             if name in models:
                 models[name].register_forward_pre_hook(lambda *_: self._take("rest", self._rest, self._encoders))
+
+    def _encode(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Takes the turn, and the inputs along: FLUX.2's pipelines put them where the text encoder still lies."""
+        self._take("encoders", self._encoders, self._rest)
+        return send_to_device((args, kwargs), self._device)
 
     def _take(self, turn: str, come: Iterable[nn.Module], go: Iterable[nn.Module]) -> None:
         if turn == self._turn or torch.compiler.is_compiling():

@@ -56,19 +56,20 @@ def test_refusals(keywords, message, tiny):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["encode_then_free", "model", "group"])
-def test_placements_on_the_gpu(offload, tiny):
+@pytest.mark.parametrize("name", ["z-image", "flux2-klein", "flux2-dev", "qwen-image", "ltx2.3"])
+def test_placements_on_the_gpu(name, offload, tiny):
     """Each gives the picture of the pipeline on the device, and its phases are measured."""
     from dataclasses import replace
 
     from llm_dit.planning.placing import carry_out
 
-    whole = load_pipeline(tiny("z-image"), quantization="int8", torch_dtype=torch.bfloat16, device_map="cuda")
-    expected = generate(whole, "z-image").cpu()
-    plan = make_plan(str(tiny("z-image")), 20 * 10**9, get_card("h200"), fixed={"transformer": "int8", "encoder": "none"})
+    whole = load_pipeline(tiny(name), quantization="int8", torch_dtype=torch.bfloat16, device_map="cuda")
+    expected = generate(whole, name).cpu()
+    plan = make_plan(str(tiny(name)), 20 * 10**9, get_card("h200"), fixed={"transformer": "int8", "encoder": "none"})
     chosen = replace(plan.chosen, candidate=replace(plan.chosen.candidate, offload=offload))
-    pipe = load_pipeline(tiny("z-image"), quantization="int8", torch_dtype=torch.bfloat16)
+    pipe = load_pipeline(tiny(name), quantization="int8", torch_dtype=torch.bfloat16)
     recorder = carry_out(pipe, replace(plan, chosen=chosen))
     for _ in range(2):
-        assert torch.allclose(generate(pipe, "z-image").cpu(), expected, atol=0.05)
+        assert torch.allclose(generate(pipe, name).cpu(), expected, atol=0.05)
     assert set(recorder.to_dict()) == {"load", "encode", "denoise", "decode"}
     assert all(row["allocated"] for row in recorder.to_dict().values())
