@@ -1,8 +1,8 @@
 """Chunks of weights to a GPU and back through page-locked memory.
 
 A checkpoint is mapped, not read: a copy of such memory to a GPU goes through the driver's own staging on one thread. Buffers
-of ours are filled with all threads, and one is on its way while another is filled. On the way back a worker thread copies
-out of the buffers, because the host memory that it writes is new and costs a page fault every 4 KiB.
+of ours are filled by several, and one is on its way while another is filled. On the way back a worker thread has them copied
+out, because the host memory that is written is new and costs a page fault every 4 KiB.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .host_copy import HostCopier
 
 BUFFERS: Final = 4
 """One on its way to the GPU, one being filled, two coming back."""
@@ -54,13 +56,14 @@ class Staging:
         self.device = device
         self._buffers = [_Buffer() for _ in range(BUFFERS)]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="llm_dit-staging")
+        self._copier = HostCopier()
         self._turn = 0
 
     def upload(self, part: Tensor) -> Tensor:
         """`part`, which is on the CPU, as a tensor on the device."""
         buffer = self._next()
         staged = buffer.like(part)
-        staged.copy_(part)
+        self._copier.copy(staged, part)
         on_device = staged.to(self.device, non_blocking=True)
         buffer.event.record(torch.cuda.current_stream(self.device))
         return on_device
@@ -74,7 +77,7 @@ class Staging:
 
         def copy_out() -> None:
             buffer.event.synchronize()
-            destination.copy_(staged)
+            self._copier.copy(destination, staged)
 
         buffer.copied_out = self._worker.submit(copy_out)
 
@@ -86,6 +89,7 @@ class Staging:
     def close(self) -> None:
         self.drain()
         self._worker.shutdown()
+        self._copier.close()
 
     def _next(self) -> _Buffer:
         self._turn = (self._turn + 1) % BUFFERS
