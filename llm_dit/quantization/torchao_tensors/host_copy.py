@@ -16,7 +16,7 @@ from torch import Tensor
 
 PART_BYTES: Final = 1024**2
 MOST_THREADS: Final = 16
-"""As many as filled buffers when 18 GB were read and quantized in 2.3 s (benchmarks/results/load-klein-9b-h200.json, fp8-dynamic)."""
+"""As many as filled buffers when 18 GB were read and quantized in 2.3 s (benchmarks/results/load-klein-9b-h200.json)."""
 
 
 class HostCopier:
