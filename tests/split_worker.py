@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from conftest import generate, relative_error
 
 from llm_dit import load_pipeline
@@ -47,7 +48,7 @@ def tokens_of(pipe, name, call):
     query = next(module for path, module in first.named_modules() if path.endswith("to_q"))
     if not first._compiled_call_impl:
         query.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
-    return generate(pipe, name, **call), seen
+    return generate(pipe, name, **send_to_device(call, pipe.device)), seen
 
 
 def main(kind, output, folders):

@@ -1,4 +1,8 @@
-"""FLUX.2 klein: three hidden states of the text encoder side by side, padding included, before 64 tokens of 128 channels."""
+"""FLUX.2 klein: three hidden states of the text encoder side by side, padding included, before 64 tokens of 64 channels.
+
+Latents have half of the published 32 channels. Of 32, 20 carried nothing but the noise that a velocity has in all of them. In a
+stream of width 128 the error of the other 12 was then twice Z-Image's, and 85 % of the captions were followed.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,7 @@ class KleinCourse(PictureCourse):
             tokenizer=tokenizer(),
             transformer=initialized(
                 lambda: Flux2Transformer2DModel(
+                    in_channels=4 * AUTOENCODER["latent_channels"],
                     num_layers=2,
                     num_single_layers=3,
                     num_attention_heads=4,

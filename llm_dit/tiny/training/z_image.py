@@ -19,6 +19,7 @@ AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (16, 32, 32, 32),
     "layers_per_block": 1,
     "norm_num_groups": 8,
+    "latent_channels": 16,
 }
 
 
@@ -55,9 +56,7 @@ class ZImageCourse(PictureCourse):
         fix_norms(transformer)
         return ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-            vae=initialized(
-                lambda: AutoencoderKL(**AUTOENCODER, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False), seed=1
-            ),
+            vae=initialized(lambda: AutoencoderKL(**AUTOENCODER, use_quant_conv=False, use_post_quant_conv=False), seed=1),
             text_encoder=initialized(lambda: AutoModel.from_config(qwen3_config(3)), seed=2),
             tokenizer=tokenizer(),
             transformer=transformer,
