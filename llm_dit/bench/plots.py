@@ -9,7 +9,9 @@ from typing import Any, Final
 from .results import Row
 
 _COLORS: Final = {"llm-dit": "#2a7f62", "torchao": "#c2643b", "diffusers": "#5b6fa8", "sdnq": "#8d6a9f"}
-_MARKERS: Final = {"eager": "o", "compile": "s", "graph": "^"}
+_MARKERS: Final = {"eager": "o", "compile": "s", "graph": "^", "eager-graph": "v"}
+_CLOSE: Final = 0.04
+"""Of the width and the height of a panel: what lies closer shares a label."""
 _PANELS: Final = (("weights_gib", "weights, GiB"), ("relerr", "relative error of the output"))
 
 
@@ -34,6 +36,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             chosen = [row for row in measured if row["geometry"] == geometry]
             for axis, (key, label) in zip(panels, _PANELS, strict=True):
                 _draw(axis, chosen, key)
+                axis.margins(x=0.1)
                 axis.set(xlabel=label, ylabel="times as fast as bf16 eager", title=geometry)
             panels[0].legend(frameon=False)
         figure.savefig(target, dpi=120, format="png")
@@ -54,4 +57,19 @@ def _draw(axis: Any, rows: Sequence[Row], key: str) -> None:
             label=None if name in labelled else name,
         )
         labelled.add(name)
-        axis.annotate(row["method"], (row[key], row["ratio"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    for point, methods in _together(rows, key).items():
+        axis.annotate(", ".join(methods), point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+
+
+def _together(rows: Sequence[Row], key: str) -> dict[tuple[float, float], list[str]]:
+    """The methods at each point, those so close that their labels would overlap at the first of them."""
+    width = max(row[key] for row in rows) - min(row[key] for row in rows)
+    height = max(row["ratio"] for row in rows) - min(row["ratio"] for row in rows)
+    found: dict[tuple[float, float], list[str]] = {}
+    for row in rows:
+        here = row[key], row["ratio"]
+        close = (at for at in found if abs(at[0] - here[0]) <= _CLOSE * width and abs(at[1] - here[1]) <= _CLOSE * height)
+        methods = found.setdefault(next(close, here), [])
+        if row["method"] not in methods:
+            methods.append(row["method"])
+    return found

@@ -25,7 +25,7 @@ class Phase:
         activations: activations, workspaces and buffers on the device.
         context: what CUDA and the allocator take beside.
         host: anonymous host memory above what the process held before the load.
-        before: weights of the phase before, which leave the device as this one begins.
+        before: what is left of the phase before where diffusers moves the weights: it does so once this one has begun.
     """
 
     name: str
@@ -77,7 +77,8 @@ class _Timeline:
         phases: list[Phase] = []
         for name, weights, taken in found:
             more = taken + kept * (name != "load")
-            before = phases[-1].weights + kept if name == "denoise" else 0
+            swaps = name == "denoise" and self.candidate.offload == "model"
+            before = phases[-1].weights + kept + measured.phases["encode"].extra_bytes if swaps else 0
             context = measured.context_bytes + int(measured.slack * (weights + more))
             phases.append(Phase(name, weights, more, context, host, before))
         return tuple(phases)

@@ -23,9 +23,13 @@ def carry_out(pipe: Any, plan: Plan) -> Recorder:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recorder = Recorder(plan, device)
     recorder.note()
-    recorder.watch(models_of(pipe))
-    if device.type != "cuda":
-        return recorder
+    if device.type == "cuda":
+        _place(pipe, plan, device)
+    recorder.watch(models_of(pipe))  # last: a phase begins when what is to leave before it has left
+    return recorder
+
+
+def _place(pipe: Any, plan: Plan, device: torch.device) -> None:
     offload = plan.shown.candidate.offload
     if offload == "encode_then_free":
         Turns(pipe, plan, device)
@@ -36,7 +40,6 @@ def carry_out(pipe: Any, plan: Plan) -> Recorder:
     for name, model in models_of(pipe).items():
         if pipe.component_role(name) == "vae":
             _decode_within(model, plan.budget)
-    return recorder
 
 
 def _decode_within(vae: Any, budget: int) -> None:

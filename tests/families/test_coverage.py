@@ -97,6 +97,12 @@ def test_published_sizes(model, component):
     assert sum(p.numel() for p in built.parameters()) / 1e9 == pytest.approx(COUNTS[model, component], abs=0.006)
 
 
+def test_the_published_z_image_vae_scales_as_the_pipeline_decodes():
+    with torch.device("meta"):
+        config = published_models()["z-image-turbo"].components["vae"]().config
+    assert (config.scaling_factor, config.shift_factor) == (0.3611, 0.1159)
+
+
 def test_published_models_name_classes_and_roles():
     for family in map(get_family, family_names()):
         for model in family.published:
