@@ -51,6 +51,7 @@ def speed(
     steps: Annotated[int | None, typer.Option(min=1, help="Timed forwards (10); with --end-to-end, denoising steps.")] = None,
     warmups: Annotated[int, typer.Option(min=1, help="Forwards before the timed ones.")] = 3,
     fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="A process for every case, or one a geometry.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="On a GPU, record the time by kind of kernel too.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Whole pipelines, from process start to picture.")] = False,
@@ -68,7 +69,7 @@ def speed(
     else:
         from .bench import speed as forwards
 
-        job = forwards.plan(selection, steps=steps or 10, warmups=warmups, fresh=fresh, timeout_s=timeout)
+        job = forwards.plan(selection, steps=steps or 10, warmups=warmups, fresh=fresh, timeout_s=timeout, profile=profile)
     report(job, print_plain, output, table, plot, again)
 
 

@@ -69,6 +69,9 @@ GRIDS: Final = (
     Grid(64, "mse"),
     Grid(32, "symmetric"),
     Grid(32, "minmax"),
+    Grid(32, "mse"),
+    Grid(16, "mse"),
+    Grid(8, "mse"),
     Grid(128, "mse", rank=4),
 )
 

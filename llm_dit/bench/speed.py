@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -36,6 +36,7 @@ from .implementations import (
     exists,
     method_names,
 )
+from .kernels import kernel_times
 from .results import SPEED_COLUMNS, Job, Row, Selection
 from .timing import GIB, Timing, measure
 from .worker import FATAL, ROW, emit, messages
@@ -61,12 +62,14 @@ class Options:
         fresh: a process for every case rather than one for each geometry, where kernels that an earlier case compiled may
             still be in memory and shorten `first_call_s`.
         timeout_s: seconds after which a case that has not reported is given up.
+        profile: on a GPU, tell where the time of one more forward goes; `kernels_ms` of the rows.
     """
 
     steps: int = 10
     warmups: int = 3
     fresh: bool = True
     timeout_s: float = 900.0
+    profile: bool = False
 
 
 def plan(
@@ -75,6 +78,7 @@ def plan(
     warmups: int = Options.warmups,
     fresh: bool = Options.fresh,
     timeout_s: float = Options.timeout_s,
+    profile: bool = Options.profile,
 ) -> Job:
     """All combinations of what is named that exist; an empty sequence stands for all there are.
 
@@ -98,7 +102,7 @@ def plan(
     chosen = tuple(case for case in cases if exists(case.implementation, case.method, case.mode))
     if not chosen:
         raise ValueError("no such case: torchao has no graph mode, layerwise casting and SDNQ are measured in eager mode only")
-    return Job(chosen, partial(run, options=Options(steps, warmups, fresh, timeout_s)), SPEED_COLUMNS)
+    return Job(chosen, partial(run, options=Options(steps, warmups, fresh, timeout_s, profile)), SPEED_COLUMNS)
 
 
 def run(cases: Sequence[Case], options: Options) -> Iterator[Row]:
@@ -135,8 +139,8 @@ class _Bench:
     options: Options
     floors: Mapping[bool, float]
 
-    def forward(self, model: nn.Module, mode: str) -> Timing:
-        """Times `model` in a mode; the result is the output, flat and float32 on the CPU."""
+    def forward(self, model: nn.Module, mode: str) -> tuple[Timing, Mapping[str, float]]:
+        """Times `model` in a mode, and tells its kernels' times; the result is the output, flat and float32 on the CPU."""
         inputs = self.geometry.inputs(model, self.device)
         activated = mode == "eager"
 
@@ -149,7 +153,8 @@ class _Bench:
 
         with torch.no_grad():
             timing = measure(step, self.device, self.options.warmups, self.options.steps)
-        return Timing(timing.first_s, timing.ms, timing.spread_ms, timing.peak_gib, flat(timing.result))
+            kernels = kernel_times(step) if self.options.profile and self.device.type == "cuda" else {}
+        return replace(timing, result=flat(timing.result)), kernels
 
 
 def flat(output: Any) -> Tensor:
@@ -171,12 +176,12 @@ def work(cases: Sequence[Case], options: Options) -> Iterator[Row]:
     flops, rates = count_flops(geometry), measure_rates(device)
     bench = _Bench(geometry, device, options, {fp8: floor_ms(flops, rates, fp8) for fp8 in (False, True)})
     model = geometry.build(device)
-    bf16 = bench.forward(model, "eager")
+    bf16, kernels = bench.forward(model, "eager")
     size = model_bytes(model)
     del model
     for case in cases:
         if (case.implementation, case.method, case.mode) == ("llm-dit", "none", "eager"):
-            yield _row(case, bench, bf16, bf16, size)
+            yield _row(case, bench, bf16, bf16, size, kernels)
             continue
         _forget(device)
         try:
@@ -190,10 +195,11 @@ def _measure(case: Case, bench: _Bench, bf16: Timing) -> Row:
     model = PREPARE[case.implementation][case.method](bench.geometry.build(bench.device))
     size = model_bytes(model)
     _forget(bench.device)
-    return _row(case, bench, bench.forward(model, case.mode), bf16, size)
+    timing, kernels = bench.forward(model, case.mode)
+    return _row(case, bench, timing, bf16, size, kernels)
 
 
-def _row(case: Case, bench: _Bench, timing: Timing, bf16: Timing, size: int) -> Row:
+def _row(case: Case, bench: _Bench, timing: Timing, bf16: Timing, size: int, kernels: Mapping[str, float]) -> Row:
     reference, output = bf16.result.double(), timing.result.double()
     return {
         **asdict(case),
@@ -208,6 +214,7 @@ def _row(case: Case, bench: _Bench, timing: Timing, bf16: Timing, size: int) -> 
         "floor_ms": bench.floors[case.method in FP8_MATMUL],
         "device": detect_hardware().name,
         "torch": torch.__version__,
+        **({"kernels_ms": kernels} if kernels else {}),
     }
 
 
