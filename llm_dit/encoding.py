@@ -11,6 +11,7 @@ from torch import nn
 
 from .loader import models_of
 from .moving import move_models
+from .quantization.hardware import current_device
 from .quantization.report import format_bytes
 from .quantization.sizes import model_bytes
 
@@ -55,10 +56,14 @@ class EncodingMixin(DiffusionPipeline):
             >>> pipe = load_pipeline(folder, quantization="fp8-dynamic")  # on the host
             >>> picture = pipe(**pipe.encode_then_free("a cat")).images[0]
         """
-        encoding, place = self.family.encoding, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        encoding, place = self.family.encoding, torch.device(device) if device else current_device()
         models = models_of(self)
         encoders = {name: models[name] for name in encoding.encoders if name in models}
         self._check_encoders(encoders, models)
+        others = [model for name, model in models.items() if name not in encoders]
+        if place.type == "cuda":  # where a call before this one has left them
+            move_models(others, torch.device("cpu"))
+            torch.cuda.empty_cache()
         move_models(encoders.values(), place)
         with torch.no_grad():
             arguments = self._encoded(prompt, negative_prompt, place, kwargs)
@@ -67,7 +72,6 @@ class EncodingMixin(DiffusionPipeline):
             self.register_modules(**dict.fromkeys(encoders))
             self._dropped = tuple(encoders)
         self._note("encoding", [_told(name, model, place, drop) for name, model in encoders.items()])
-        others = [model for name, model in models.items() if name not in encoders]
         del encoders, models
         if place.type == "cuda":
             torch.cuda.empty_cache()

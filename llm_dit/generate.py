@@ -19,6 +19,7 @@ from .loader import read_json
 from .mixin import QuantizablePipelineMixin
 from .names import CONTEXT_PARALLEL, check_name, nearest
 from .parallel import process_group, rank
+from .quantization.hardware import current_device
 
 logger = logging.getLogger(__name__)
 OFFLOADS: Final = ("none", "model", "sequential")
@@ -100,6 +101,7 @@ def _generate(options: GenerateOptions) -> Generated:
 def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded."""
     device = _device(options)
+    place = current_device() if device == "cuda" else torch.device(device)  # with its number, of which offloading takes the first
     planned = options.load.get("quantization") == "auto"
     if planned and options.offload != "none":
         raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
@@ -107,9 +109,9 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     keywords = {"torch_dtype": torch.bfloat16, **options.load}
     pipe = load_pipeline(options.model, **({"device_map": device} if on_device else {}), **keywords)
     if options.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
+        pipe.enable_model_cpu_offload(device=place)
     elif options.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
+        pipe.enable_sequential_cpu_offload(device=place)
     elif planned and not pipe.planned:
         pipe.to(device)
     return pipe

@@ -65,6 +65,7 @@ class GraphedForward:
         self._refused: set[Hashable] = set()
         self._fingerprint: int | None = None
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -96,7 +97,7 @@ class GraphedForward:
         self._graphs.clear()
         self._seen.clear()
         self._refused.clear()
-        self._pool = None
+        self._pool = self._stream = None
 
     @property
     def captured(self) -> int:
@@ -116,12 +117,13 @@ class GraphedForward:
     def _capture(self, signature: Hashable, leaves: list[Any], spec: Any) -> bool:
         own = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(own, spec)
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), next(leaf.device for leaf in own if torch.is_tensor(leaf))
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
+            # A stream of the device that the model is on: torch's own for captures belongs to the device that is current.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        torch.cuda.synchronize(device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.device(device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 output = self._forward(*args, **kwargs)
         except RuntimeError as error:
             logger.warning(

@@ -47,7 +47,7 @@ from .quantization import (
 )
 from .quantization.sizes import model_tensors
 from .quantization.speed_note import speed_note
-from .quantization.torchao_tensors.staging import release_staging
+from .quantization.torchao_tensors.staging import staged
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import SavingMixin, refuse_unfinished
 
@@ -182,17 +182,14 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         user_config = kwargs.pop("quantization_config", None)
         if "torch_dtype" in kwargs and "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")  # diffusers 0.42 warns of the old name, which our users know
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                read = {component.name: component.load(file_device(kwargs)) for component in from_files}
-                kwargs.update({name: model for name, (model, _) in read.items()})
-                kwargs.update(cls._read_parts(loader, request, {*given, *read}, kwargs))
-                with passed_without_a_word():
-                    pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
-                loader.close_timer()
-                pipe._report = pipe._finish(loader, request, passed, {name: report for name, (_, report) in read.items()})
-        finally:
-            release_staging()
+        with staged(), torch.inference_mode(False), torch.no_grad():
+            read = {component.name: component.load(file_device(kwargs)) for component in from_files}
+            kwargs.update({name: model for name, (model, _) in read.items()})
+            kwargs.update(cls._read_parts(loader, request, {*given, *read}, kwargs))
+            with passed_without_a_word():
+                pipe = super().from_pretrained(source, quantization_config=user_config or loader, **kwargs)
+            loader.close_timer()
+            pipe._report = pipe._finish(loader, request, passed, {name: report for name, (_, report) in read.items()})
         if user_config is None:
             # diffusers keeps the loader as `pipe.quantization_config`; it has served, and it holds the plans.
             del pipe.quantization_config

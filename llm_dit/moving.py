@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextvars import ContextVar
 from copy import deepcopy
 from inspect import signature
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +16,12 @@ from torch import nn
 from .loader import models_of
 from .quantization import quantized_by
 from .quantization.report import QuantizationReport
-from .quantization.torchao_tensors.staging import move_model_to_gpu, release_staging
+from .quantization.torchao_tensors.staging import move_model_to_gpu, staged
+
+if TYPE_CHECKING:
+    from .planning.turns import Turns
+
+logger = logging.getLogger(__name__)
 
 KEEP_DTYPES: Final[ContextVar[bool]] = ContextVar("keep_dtypes", default=False)
 """True inside a `from_pipe` without a dtype: diffusers ends it with `.to(float32)`, whose default cannot be turned off."""
@@ -24,12 +30,22 @@ KEEP_DTYPES: Final[ContextVar[bool]] = ContextVar("keep_dtypes", default=False)
 class MovingMixin(DiffusionPipeline):
     """Before a diffusers pipeline in the bases; see the methods of the same names there."""
 
+    _turns: Turns | None = None
+
     @property
     def quantization_report(self) -> QuantizationReport:
         raise NotImplementedError
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """As in diffusers; where models take turns it is the device that they take them on, wherever they lie."""
+        return self._turns.device if self._turns is not None else super()._execution_device
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized."""
+        """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized.
+
+        Where models take turns on a GPU, to which they come when they run, a move to a GPU does nothing.
+        """
         if KEEP_DTYPES.get():
             return self
         dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
@@ -41,6 +57,9 @@ class MovingMixin(DiffusionPipeline):
                     "torch_dtype to from_pretrained instead; .to(device) alone works"
                 )
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
+        if device is not None and torch.device(device).type == "cuda" and self._turns is not None:
+            logger.warning("%s was planned to take turns on %s and is not moved there as a whole", type(self).__name__, device)
+            return self
         if device is not None and torch.device(device).type == "cuda" and not self._is_pipeline_device_mapped():
             _upload(models_of(self).values(), torch.device(device))
         with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode
@@ -96,11 +115,9 @@ def move_models(models: Iterable[nn.Module], device: torch.device) -> None:
 
 def _upload(models: Iterable[nn.Module], device: torch.device) -> None:
     """To a GPU through page-locked memory, except models with hooks, which their own `to` moves."""
-    try:
+    with staged():
         for model in models:
             move_model_to_gpu(model, device)
-    finally:
-        release_staging()
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -59,7 +59,7 @@ def random_model(make: Callable[[], nn.Module], device: torch.device, seed: int 
     Constructed there, not on meta and emptied: some models keep tables that are neither parameters nor buffers.
     """
     with _bfloat16_default(), torch.device(device):
-        model = make()
+        model = make().to(device)  # which a tiny one, made before, is not yet on
     if device.type != "meta":
         generator = torch.Generator(device).manual_seed(seed)
         residual = [name for name, _ in model.named_parameters() if _RESIDUAL.search(name)]

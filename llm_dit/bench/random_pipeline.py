@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..backends import ComponentRequest
 from ..backends.saving import attach_saver
 from ..families import pipeline_classes, published_models
-from ..planning.activations import make_on_meta
+from ..planning.activations import make_on_meta, shortened
 from ..planning.plan import Plan
 from ..quantization import METHODS, get_method
 from ..quantization.filters import decide_layers
@@ -76,6 +76,18 @@ def fill(
             if buffer.is_meta:
                 persistent = name not in module._non_persistent_buffers_set
                 module.register_buffer(name, torch.ones_like(buffer, device=device), persistent)
+    _fill_tables(model, make, device)
     if request is not None:
         attach_saver(model, request, layers)
     return model
+
+
+def _fill_tables(model: nn.Module, make: Callable[[], nn.Module], device: torch.device) -> None:
+    """Gives `model` what is neither parameter nor buffer and still on meta, from a short model that is made on the device."""
+    left = [
+        (name, key) for name, module in model.named_modules() for key, value in vars(module).items() if torch.is_tensor(value)
+    ]
+    if left:
+        short = random_model(shortened(make), device)
+        for name, key in left:
+            setattr(model.get_submodule(name), key, getattr(short.get_submodule(name), key))

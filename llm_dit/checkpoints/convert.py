@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..names import check_name
+from ..quantization.hardware import current_device
 from ..quantization.kernels.quantize_rows import FLOAT8_MAX
 from ..quantization.torchao_tensors.staging import drain_staging
 from ..quantization.torchao_tensors.stream import fetch, row_chunks, store
@@ -283,7 +284,7 @@ def quantize_scaled(weight: Tensor) -> tuple[Tensor, float]:
     Raises:
         ValueError: if the weight holds NaN or infinity.
     """
-    compute = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    compute = current_device()
     largest = torch.stack([fetch(weight[chunk], compute).abs().amax() for chunk in row_chunks(weight, compute)]).amax().float()
     if not bool(torch.isfinite(largest)):
         raise ValueError("a weight holds NaN or infinity")

@@ -348,19 +348,30 @@ class _LTX2(QuantizablePipelineMixin):
     family = FAMILY
 
 
-class QuantizableLTX2Pipeline(_LTX2, LTX2Pipeline):
+class _Enhancing(_LTX2):
+    """Of pipelines that can rewrite their prompt."""
+
+    def enhance_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which moves the model that rewrites to the device: where models take turns, its turn comes first."""
+        if self._turns is not None and getattr(self, "prompt_enhancer", None) is None:
+            self._turns.take(encoding=True)
+        diffusers: Any = super()
+        return diffusers.enhance_prompt(*args, **kwargs)
+
+
+class QuantizableLTX2Pipeline(_Enhancing, LTX2Pipeline):
     """Text to video with sound."""
 
 
-class QuantizableLTX2ImageToVideoPipeline(_LTX2, LTX2ImageToVideoPipeline):
+class QuantizableLTX2ImageToVideoPipeline(_Enhancing, LTX2ImageToVideoPipeline):
     """Image and text to video with sound."""
 
 
-class QuantizableLTX2ConditionPipeline(_LTX2, LTX2ConditionPipeline):
+class QuantizableLTX2ConditionPipeline(_Enhancing, LTX2ConditionPipeline):
     """Text to video with frames given at chosen times."""
 
 
-class QuantizableLTX2InContextPipeline(_LTX2, LTX2InContextPipeline):
+class QuantizableLTX2InContextPipeline(_Enhancing, LTX2InContextPipeline):
     """Text to video after a reference clip."""
 
 
@@ -368,7 +379,7 @@ class QuantizableLTX2HDRPipeline(_LTX2, LTX2HDRPipeline):
     """Video to high dynamic range."""
 
 
-class QuantizableLTX2DFRPipeline(_LTX2, LTX2DFRPipeline):
+class QuantizableLTX2DFRPipeline(_Enhancing, LTX2DFRPipeline):
     """Text to video with a frame rate that varies."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..quantization.torchao_tensors.staging import staged
 from .loading import adopt_layers, fusing, fusing_notes, loading, require_peft
 
 
@@ -36,14 +37,15 @@ class QuantizedLoraMixin:
         models = self._lora_models()
         for model in models.values():
             adopt_layers(model)  # of adapters that were loaded into the model and not through the pipeline
-        with fusing(models.values()):
+        with fusing(models.values()), staged():
             self._diffusers("fuse_lora")(*args, **kwargs)
         self._note("fusing", list(fusing_notes(models)))
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; quantized weights have the bits again that they had before `fuse_lora`."""
         require_peft()
-        self._diffusers("unfuse_lora")(*args, **kwargs)
+        with staged():
+            self._diffusers("unfuse_lora")(*args, **kwargs)
         self._note("fusing", list(fusing_notes(self._lora_models())))
 
     def _note(self, about: str, notes: list[str]) -> None:

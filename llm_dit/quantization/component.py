@@ -16,6 +16,7 @@ from .filters import Layer, decide_layers, named_layers
 from .hardware import require_support
 from .methods import Method, get_method
 from .sizes import model_bytes
+from .torchao_tensors.staging import staged
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -68,11 +69,12 @@ def quantize_component(
     if row.make_config is not None:
         require_quantizable(layers, row, component_type)
         require_support(row, granularity, _weight_dtype(layers))
-    for layer in layers:
-        if verbose:
-            logger.info("%s: %s", layer.name, f"left as it is ({layer.reason})" if layer.reason else row.name)
-        if layer.config is not None:
-            _quantize_layer(layer)
+    with staged():
+        for layer in layers:
+            if verbose:
+                logger.info("%s: %s", layer.name, f"left as it is ({layer.reason})" if layer.reason else row.name)
+            if layer.config is not None:
+                _quantize_layer(layer)
     return model, layer_stats(layers, row, component_type, granularity, before, model_bytes(model))
 
 

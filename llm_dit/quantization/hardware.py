@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from .methods import Method
+if TYPE_CHECKING:
+    from .methods import Method  # whose tensors ask here where they are quantized
 
 FP8_CAPABILITY = (8, 9)
 """Ada (RTX 40, L4) and Hopper were the first with fp8 tensor cores; `torch._scaled_mm` asks for the same."""
@@ -31,6 +33,11 @@ class Hardware:
     @property
     def has_fp8(self) -> bool:
         return self.capability is not None and self.capability >= FP8_CAPABILITY
+
+
+def current_device() -> torch.device:
+    """The current CUDA device with its number, or the CPU: diffusers takes "cuda" without one for the first GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def detect_hardware() -> Hardware:

@@ -1,12 +1,16 @@
 """`quantization="auto"` with a budget: what is planned is what is loaded, and the report compares them."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import generate
 
 from llm_dit import load_pipeline
+from llm_dit.loader import models_of
 from llm_dit.planning.card import get_card
 from llm_dit.planning.plan import make_plan, plan_keywords
+from llm_dit.planning.turns import Turns
 
 
 @pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image", "ltx2.3"])
@@ -52,6 +56,83 @@ def test_a_plan_is_loaded_with_the_methods_that_it_names(tiny):
 def test_refusals(keywords, message, tiny):
     with pytest.raises(ValueError, match=message):
         load_pipeline(tiny("z-image"), **{"quantization": "auto", **keywords})
+
+
+def taking_turns(tiny, name, device):
+    """A pipeline whose text encoder and transformer take turns on `device`."""
+    pipe = load_pipeline(tiny(name), quantization="int8", torch_dtype=torch.bfloat16)
+    pipe._turns = Turns(pipe, torch.device(device))
+    return pipe
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Which models were moved, by the pipeline and name of each, in the order of the moves; they stay where they are."""
+    made, pipes = [], {}
+
+    def move(models, device):
+        names = {id(model): (which, name) for which, pipe in pipes.items() for name, model in models_of(pipe).items()}
+        made.extend(names[id(model)] for model in models)
+
+    monkeypatch.setattr("llm_dit.planning.turns.move_models", move)
+    return made, pipes
+
+
+def test_each_comes_when_it_is_about_to_run(tiny, moves):
+    made, pipes = moves
+    pipes["one"] = pipe = load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16)
+    pipe._turns = Turns(pipe, torch.device("cpu"))
+    made.clear()
+    generate(pipe, "z-image")
+    assert [name for _, name in made] == ["transformer", "vae", "text_encoder", "text_encoder", "vae", "transformer"]
+    made.clear()
+    pipe._turns.take(encoding=False)
+    assert made == []  # its turn lasts
+
+
+def test_a_turn_that_failed_is_taken_again(tiny, monkeypatch):
+    pipe = taking_turns(tiny, "z-image", "cpu")
+    pipe._turns.take(encoding=True)
+
+    def fail(models, device):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("llm_dit.planning.turns.move_models", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe._turns.take(encoding=False)
+    seen = []
+    monkeypatch.setattr("llm_dit.planning.turns.move_models", lambda models, device: seen.extend(models))
+    pipe._turns.take(encoding=True)
+    assert pipe.text_encoder in seen
+
+
+def test_a_copy_moves_its_own_models(tiny, moves):
+    made, pipes = moves
+    pipes["one"] = load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16)
+    pipes["one"]._turns = Turns(pipes["one"], torch.device("cpu"))
+    pipes["copy"] = deepcopy(pipes["one"])
+    made.clear()
+    generate(pipes["copy"], "z-image")
+    assert {which for which, _ in made} == {"copy"}
+
+
+def test_what_takes_turns_is_not_moved_to_the_gpu_as_a_whole(tiny, caplog):
+    pipe = taking_turns(tiny, "z-image", "cpu")
+    assert pipe.to("cuda") is pipe
+    assert "planned to take turns" in caplog.text
+    assert pipe.transformer.device.type == "cpu"
+    assert torch.isfinite(generate(pipe, "z-image")).all()
+
+
+@pytest.mark.gpu
+def test_turns_go_on_after_other_moves(tiny):
+    pipe = taking_turns(tiny, "flux2-klein", "cuda")
+    expected = generate(pipe, "flux2-klein").cpu()
+    pipe.to("cpu")
+    assert torch.allclose(generate(pipe, "flux2-klein").cpu(), expected, atol=0.05)
+    pipe.encode_then_free("a red circle", max_sequence_length=16)
+    assert torch.allclose(generate(pipe, "flux2-klein").cpu(), expected, atol=0.05)
+    assert torch.allclose(generate(deepcopy(pipe), "flux2-klein").cpu(), expected, atol=0.05)
 
 
 @pytest.mark.gpu

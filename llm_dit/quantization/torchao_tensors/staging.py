@@ -8,7 +8,9 @@ out, because the host memory that is written is new and costs a page fault every
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -113,10 +115,14 @@ def drain_staging() -> None:
         staging.drain()
 
 
-def release_staging() -> None:
-    """Gives this thread's buffers back; the end of a load."""
-    for staging in _local.__dict__.pop("by_device", {}).values():
-        staging.close()
+@contextmanager
+def staged() -> Iterator[None]:
+    """Gives this thread's buffers back at the end of what moves many weights."""
+    try:
+        yield
+    finally:
+        for staging in _local.__dict__.pop("by_device", {}).values():
+            staging.close()
 
 
 def move_to_gpu(tensor: Tensor, device: torch.device) -> Tensor:

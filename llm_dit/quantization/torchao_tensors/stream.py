@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from ..hardware import current_device
 from .host_pages import HUGE_PAGE, advise_huge_pages
 from .staging import drain_staging, staging_for
 
@@ -90,9 +91,7 @@ def quantize_weight(weight: Tensor, config: AOBaseConfig, target: torch.device |
         ValueError: if the weight holds NaN or infinity.
     """
     held_on = torch.device(target) if target is not None else weight.device
-    compute = held_on
-    if held_on.type == "cpu" and torch.cuda.is_available():
-        compute = torch.device("cuda", torch.cuda.current_device())
+    compute = current_device() if held_on.type == "cpu" else held_on
     with torch.inference_mode(False), torch.no_grad():
         quantized = _QUANTIZERS[type(config)](weight.detach(), config, held_on, compute)
         if wait:
