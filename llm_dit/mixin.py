@@ -248,6 +248,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             for name, model in models_of(pipe).items()
         ]
         pipe._report = QuantizationReport(tuple(reports), detect_hardware().name)
+        pipe._turns = getattr(pipeline, "_turns", None)
         return pipe
 
     def to_json_string(self) -> str:

@@ -100,6 +100,8 @@ class MovingMixin(DiffusionPipeline):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        if twin._turns is not None:
+            twin._turns.of(models_of(twin))
         return twin
 
 

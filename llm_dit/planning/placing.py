@@ -29,7 +29,7 @@ def carry_out(pipe: Any, plan: Plan) -> Recorder:
 def _place(pipe: Any, plan: Plan, device: torch.device) -> None:
     offload = plan.shown.candidate.offload
     if offload == "encode_then_free":
-        pipe._turns = Turns(pipe, device)
+        pipe._turns = Turns(models_of(pipe), pipe.family.encoding.encoders, device)
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":

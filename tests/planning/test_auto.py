@@ -7,6 +7,7 @@ import torch
 from conftest import generate
 
 from llm_dit import load_pipeline
+from llm_dit.families.z_image import QuantizableZImageImg2ImgPipeline
 from llm_dit.loader import models_of
 from llm_dit.planning.card import get_card
 from llm_dit.planning.plan import make_plan, plan_keywords
@@ -61,7 +62,7 @@ def test_refusals(keywords, message, tiny):
 def taking_turns(tiny, name, device):
     """A pipeline whose text encoder and transformer take turns on `device`."""
     pipe = load_pipeline(tiny(name), quantization="int8", torch_dtype=torch.bfloat16)
-    pipe._turns = Turns(pipe, torch.device(device))
+    pipe._turns = Turns(models_of(pipe), pipe.family.encoding.encoders, torch.device(device))
     return pipe
 
 
@@ -72,7 +73,7 @@ def moves(monkeypatch):
 
     def move(models, device):
         names = {id(model): (which, name) for which, pipe in pipes.items() for name, model in models_of(pipe).items()}
-        made.extend(names[id(model)] for model in models)
+        made.extend(names[id(model)] for model in models if names)
 
     monkeypatch.setattr("llm_dit.planning.turns.move_models", move)
     return made, pipes
@@ -80,8 +81,7 @@ def moves(monkeypatch):
 
 def test_each_comes_when_it_is_about_to_run(tiny, moves):
     made, pipes = moves
-    pipes["one"] = pipe = load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16)
-    pipe._turns = Turns(pipe, torch.device("cpu"))
+    pipes["one"] = pipe = taking_turns(tiny, "z-image", "cpu")
     made.clear()
     generate(pipe, "z-image")
     assert [name for _, name in made] == ["transformer", "vae", "text_encoder", "text_encoder", "vae", "transformer"]
@@ -108,12 +108,25 @@ def test_a_turn_that_failed_is_taken_again(tiny, monkeypatch):
 
 def test_a_copy_moves_its_own_models(tiny, moves):
     made, pipes = moves
-    pipes["one"] = load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16)
-    pipes["one"]._turns = Turns(pipes["one"], torch.device("cpu"))
+    pipes["one"] = taking_turns(tiny, "z-image", "cpu")
     pipes["copy"] = deepcopy(pipes["one"])
     made.clear()
     generate(pipes["copy"], "z-image")
     assert {which for which, _ in made} == {"copy"}
+    made.clear()
+    deepcopy(pipes["one"].text_encoder)(torch.ones(1, 4, dtype=torch.int64))
+    assert made == []  # a model that was copied alone stays where it is
+
+
+def test_a_sibling_takes_the_turns_of_the_models_it_shares(tiny, moves):
+    made, pipes = moves
+    one = taking_turns(tiny, "z-image", "cpu")
+    pipes["sibling"] = sibling = QuantizableZImageImg2ImgPipeline.from_pipe(one)
+    del one
+    made.clear()
+    generate(sibling, "z-image-img2img")
+    assert ("sibling", "text_encoder") in made
+    assert sibling._turns.device == torch.device("cpu")
 
 
 def test_what_takes_turns_is_not_moved_to_the_gpu_as_a_whole(tiny, caplog):
