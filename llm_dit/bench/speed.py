@@ -139,8 +139,8 @@ class _Bench:
     options: Options
     floors: Mapping[bool, float]
 
-    def forward(self, model: nn.Module, mode: str) -> tuple[Timing, Mapping[str, float]]:
-        """Times `model` in a mode, and tells its kernels' times; the result is the output, flat and float32 on the CPU."""
+    def forward(self, model: nn.Module, mode: str) -> Timing:
+        """Times `model` in a mode; the result is the output, flat and float32 on the CPU."""
         inputs = self.geometry.inputs(model, self.device)
         activated = mode == "eager"
 
@@ -154,7 +154,7 @@ class _Bench:
         with torch.no_grad():
             timing = measure(step, self.device, self.options.warmups, self.options.steps)
             kernels = kernel_times(step) if self.options.profile and self.device.type == "cuda" else {}
-        return replace(timing, result=flat(timing.result)), kernels
+        return replace(timing, result=flat(timing.result), kernels_ms=kernels)
 
 
 def flat(output: Any) -> Tensor:
@@ -176,12 +176,12 @@ def work(cases: Sequence[Case], options: Options) -> Iterator[Row]:
     flops, rates = count_flops(geometry), measure_rates(device)
     bench = _Bench(geometry, device, options, {fp8: floor_ms(flops, rates, fp8) for fp8 in (False, True)})
     model = geometry.build(device)
-    bf16, kernels = bench.forward(model, "eager")
+    bf16 = bench.forward(model, "eager")
     size = model_bytes(model)
     del model
     for case in cases:
         if (case.implementation, case.method, case.mode) == ("llm-dit", "none", "eager"):
-            yield _row(case, bench, bf16, bf16, size, kernels)
+            yield _row(case, bench, bf16, bf16, size)
             continue
         _forget(device)
         try:
@@ -195,11 +195,10 @@ def _measure(case: Case, bench: _Bench, bf16: Timing) -> Row:
     model = PREPARE[case.implementation][case.method](bench.geometry.build(bench.device))
     size = model_bytes(model)
     _forget(bench.device)
-    timing, kernels = bench.forward(model, case.mode)
-    return _row(case, bench, timing, bf16, size, kernels)
+    return _row(case, bench, bench.forward(model, case.mode), bf16, size)
 
 
-def _row(case: Case, bench: _Bench, timing: Timing, bf16: Timing, size: int, kernels: Mapping[str, float]) -> Row:
+def _row(case: Case, bench: _Bench, timing: Timing, bf16: Timing, size: int) -> Row:
     reference, output = bf16.result.double(), timing.result.double()
     return {
         **asdict(case),
@@ -214,7 +213,7 @@ def _row(case: Case, bench: _Bench, timing: Timing, bf16: Timing, size: int, ker
         "floor_ms": bench.floors[case.method in FP8_MATMUL],
         "device": detect_hardware().name,
         "torch": torch.__version__,
-        **({"kernels_ms": kernels} if kernels else {}),
+        **({"kernels_ms": timing.kernels_ms} if timing.kernels_ms else {}),
     }
 
 

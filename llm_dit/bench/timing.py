@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -23,6 +23,7 @@ class Timing:
         spread_ms: slowest minus fastest.
         peak_gib: peak of allocated device memory from the first call on; None without a GPU.
         result: what the last call returned.
+        kernels_ms: by kind of kernel, where the GPU's time went in a call of its own; empty if it was not asked for.
     """
 
     first_s: float
@@ -30,6 +31,7 @@ class Timing:
     spread_ms: float
     peak_gib: float | None
     result: Any
+    kernels_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 def synchronize(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -39,9 +40,8 @@ class Turns:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Turns:
         """Comes with the hooks of a model's copy, and does nothing until `of` says what the other models are."""
-        twin = memo[id(self)] = Turns.__new__(Turns)
-        twin.device, twin._encoders, twin._turn = self.device, self._encoders, None
-        twin._models = WeakValueDictionary()
+        twin = memo[id(self)] = copy(self)
+        twin._models, twin._turn = WeakValueDictionary(), None
         return twin
 
     def of(self, models: Mapping[str, nn.Module]) -> None:
