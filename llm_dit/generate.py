@@ -101,7 +101,6 @@ def _generate(options: GenerateOptions) -> Generated:
 def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded."""
     device = _device(options)
-    place = current_device() if device == "cuda" else torch.device(device)  # with its number, of which offloading takes the first
     planned = options.load.get("quantization") == "auto"
     if planned and options.offload != "none":
         raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
@@ -109,9 +108,9 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     keywords = {"torch_dtype": torch.bfloat16, **options.load}
     pipe = load_pipeline(options.model, **({"device_map": device} if on_device else {}), **keywords)
     if options.offload == "model":
-        pipe.enable_model_cpu_offload(device=place)
+        pipe.enable_model_cpu_offload(device=_numbered(device))
     elif options.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=place)
+        pipe.enable_sequential_cpu_offload(device=_numbered(device))
     elif planned and not pipe.planned:
         pipe.to(device)
     return pipe
@@ -119,6 +118,11 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
 
 def _device(options: GenerateOptions) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _numbered(device: str) -> torch.device:
+    """The device with its number: without one, offloading takes the first GPU, whichever is current."""
+    return current_device() if device == "cuda" else torch.device(device)
 
 
 def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> dict[str, Any]:

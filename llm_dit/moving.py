@@ -57,11 +57,15 @@ class MovingMixin(DiffusionPipeline):
                     "torch_dtype to from_pretrained instead; .to(device) alone works"
                 )
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
-        if device is not None and torch.device(device).type == "cuda" and self._turns is not None:
-            logger.warning("%s was planned to take turns on %s and is not moved there as a whole", type(self).__name__, device)
-            return self
-        if device is not None and torch.device(device).type == "cuda" and not self._is_pipeline_device_mapped():
-            _upload(models_of(self).values(), torch.device(device))
+        target = torch.device(device) if device is not None else None
+        if target is not None and target.type == "cuda":
+            if self._turns is not None:
+                logger.warning(
+                    "%s was planned to take turns on %s and is not moved there as a whole", type(self).__name__, target
+                )
+                return self.to(dtype=dtype) if dtype is not None else self
+            if not self._is_pipeline_device_mapped():
+                _upload(models_of(self).values(), target)
         with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode
             return super().to(*args, **kwargs)
 

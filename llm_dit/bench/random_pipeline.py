@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from torchao.quantization import quantize_
 from tqdm.auto import tqdm
@@ -83,11 +84,15 @@ def fill(
 
 
 def _fill_tables(model: nn.Module, make: Callable[[], nn.Module], device: torch.device) -> None:
-    """Gives `model` what is neither parameter nor buffer and still on meta, from a short model that is made on the device."""
+    """Gives `model` the tensors that are neither parameters nor buffers and still on meta, from a short model without weights.
+
+    Without, because a budget may be measured in this process, which the weights of another model would not be part of.
+    """
     left = [
         (name, key) for name, module in model.named_modules() for key, value in vars(module).items() if torch.is_tensor(value)
     ]
     if left:
-        short = random_model(shortened(make), device)
+        with init_empty_weights(include_buffers=False):
+            short = shortened(make)()
         for name, key in left:
-            setattr(model.get_submodule(name), key, getattr(short.get_submodule(name), key))
+            setattr(model.get_submodule(name), key, getattr(short.get_submodule(name), key).to(device))

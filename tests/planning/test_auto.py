@@ -137,6 +137,13 @@ def test_what_takes_turns_is_not_moved_to_the_gpu_as_a_whole(tiny, caplog):
     assert torch.isfinite(generate(pipe, "z-image")).all()
 
 
+def test_what_takes_turns_is_still_cast(tiny):
+    pipe = load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16)
+    pipe._turns = Turns(models_of(pipe), pipe.family.encoding.encoders, torch.device("cpu"))
+    pipe.to("cuda", torch.float32)
+    assert {model.dtype for model in models_of(pipe).values()} == {torch.float32}
+
+
 @pytest.mark.gpu
 def test_turns_go_on_after_other_moves(tiny):
     pipe = taking_turns(tiny, "flux2-klein", "cuda")
