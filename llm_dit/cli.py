@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of long options on a terminal of 80 columns
 )
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
@@ -97,7 +98,9 @@ def generate(
     encoder_file: EncoderFile = None,
     activation_scale: ActivationScale = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = None,
-    compile_mode: Annotated[str | None, typer.Option(help="A mode of torch.compile, cuda-graph or cuda-graph-eager.")] = None,
+    compile_mode: Annotated[
+        str | None, typer.Option(help="Compile, in a mode of torch.compile, cuda-graph or cuda-graph-eager.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
     width: Annotated[int | None, typer.Option(min=1)] = None,
@@ -142,6 +145,10 @@ def generate(
         encoder_file,
         activation_scale,
     )
+    if compile_mode and compile is False:
+        raise ValueError("--compile-mode says how to compile, and --no-compile not to: leave one out")
+    if compile_mode:
+        compile = True
     more = {"compile": compile, "compile_mode": compile_mode, "vram_budget": vram}
     load |= {name: value for name, value in more.items() if value is not None}
     call = {
@@ -347,7 +354,7 @@ def main() -> NoReturn:
 
 def run_family_script(family: str) -> NoReturn:
     """`pipelines/<family>.py`: `generate`, for one family."""
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     script.command()(generate)
     _run(script, obj=family)
 

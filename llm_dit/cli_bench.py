@@ -10,7 +10,7 @@ import typer
 
 from .terminal import METHODS_HELP, print_plain
 
-bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True)
+bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench_app.command()

@@ -17,7 +17,7 @@ from PIL import Image
 from .load import load_pipeline, pipeline_class_of
 from .loader import read_json
 from .mixin import QuantizablePipelineMixin
-from .names import CONTEXT_PARALLEL, check_name, nearest
+from .names import CALL_FILE, CONTEXT_PARALLEL, check_name, nearest
 from .parallel import process_group, rank
 from .quantization.hardware import current_device
 
@@ -102,6 +102,10 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded."""
     device = _device(options)
     planned = options.load.get("quantization") == "auto"
+    if options.offload != "none" and device == "cpu":
+        raise ValueError(
+            f"offload={options.offload!r} is for models that do not fit a GPU, and this runs on the CPU: leave it out"
+        )
     if planned and options.offload != "none":
         raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
     on_device = options.offload == "none" and device != "cpu" and not planned
@@ -152,7 +156,7 @@ def call_arguments(pipe: QuantizablePipelineMixin, options: GenerateOptions) -> 
 
 def _own_call(model: str) -> dict[str, Any]:
     """What the folder of a model says it is called with, in its call.json; those that `llm_dit.tiny.training` trains have one."""
-    return read_json(model, "call.json", {}) if Path(model).is_dir() else {}
+    return read_json(model, CALL_FILE, {}) if Path(model).is_dir() else {}
 
 
 def check_output(output: Path, video: bool) -> None:

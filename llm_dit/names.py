@@ -15,6 +15,8 @@ CONTEXT_PARALLEL: Final = ("ulysses", "ring")
 GRAPH_MODE: Final = "cuda-graph"
 EAGER_GRAPH_MODE: Final = "cuda-graph-eager"
 GRAPH_MODES: Final = (GRAPH_MODE, EAGER_GRAPH_MODE)
+CALL_FILE: Final = "call.json"
+"""In a pipeline's folder, the arguments that it is called with; not diffusers': our tiny models have one."""
 COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", *GRAPH_MODES)
 
 

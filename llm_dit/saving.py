@@ -20,6 +20,7 @@ from transformers.integrations.torchao import TorchAoDeserialize
 from .backends.saving import attach_plain_saver
 from .checkpoints.encoders import PRUNED
 from .loader import models_of, saved_method
+from .names import CALL_FILE
 from .quantization.report import QuantizationReport, format_bytes
 
 INDEX: Final = "model_index.json"
@@ -66,6 +67,9 @@ class SavingMixin(DiffusionPipeline):
         with written_beside(target, kwargs.get("variant")) as beside:
             super().save_pretrained(str(beside), *args, **kwargs)  # diffusers splits the name of a pushed one
             self._write_card(beside, target)
+            source = Path(self.name_or_path or "", CALL_FILE)
+            if source.is_file():
+                shutil.copyfile(source, beside / CALL_FILE)
 
     def _upload_folder(self, working_dir: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """diffusers writes its model card over ours just before: the section is added to it."""

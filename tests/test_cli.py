@@ -87,6 +87,8 @@ def test_a_config_file_and_options_over_it(tiny, tmp_path):
         (["generate", "a cat", "--model", "TINY", "-o", "no/such/out.png"], "no folder"),
         (["generate", "a cat", "--model", "TINY", "--frames", "3"], "takes no argument 'num_frames'"),
         (["generate", "a cat", "--model", "TINY", "--offload", "some"], "unknown offload 'some'"),
+        (["generate", "a cat", "--model", "TINY", "--device", "cpu", "--offload", "model"], "runs on the CPU: leave it out"),
+        (["generate", "a cat", "--model", "TINY", "--no-compile", "--compile-mode", "default"], "leave one out"),
         (["generate", "a cat", "--model", "TINY", "--config", "none.toml"], "no configuration file"),
         (["generate", "a cat", "--model", "TINY", "--steps", "two"], "--steps"),
         (["generate", "a cat", "--model", "TINY", "--steps", "0"], "--steps"),

@@ -87,6 +87,13 @@ def test_a_dropped_encoder_is_missed(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_model_is_called_with_goes_along(tiny, tmp_path):
+    shutil.copytree(tiny("z-image"), tmp_path / "bf16")
+    (tmp_path / "bf16" / "call.json").write_text('{"height": 64}')
+    load_pipeline(tmp_path / "bf16", quantization="int8").save_pretrained(tmp_path / "int8")
+    assert (tmp_path / "int8" / "call.json").read_text() == '{"height": 64}'
+
+
 def test_saving_over_what_it_was_loaded_from(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     expected = generate(pipe, "z-image")

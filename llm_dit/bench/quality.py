@@ -77,7 +77,7 @@ def run(options: Options) -> Iterator[Row]:
     """A row for bf16, one for the noise floor, and one for every method.
 
     Raises:
-        ValueError: for unknown names, or where a library is missing.
+        ValueError: for unknown names, where a library is missing, or if what is to be compared with is quantized itself.
     """
     require_metrics()
     check_name(options.floor, FLOORS, "floor")
@@ -120,6 +120,10 @@ def _load(options: Options, method: str) -> Any:
     if method in METHODS and method != REFERENCE:
         keywords["quantization_transformer"] = method
     pipe = load_pipeline(options.source, **keywords)
+    if pipe.quantization_report["transformer"].method == "already_quantized":
+        raise ValueError(
+            f"{options.source!r} holds a quantized transformer: give the bf16 pipeline, to which the methods are applied"
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

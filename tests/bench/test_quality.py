@@ -49,6 +49,13 @@ def test_better_methods_measure_better(rows):
     json.dumps(rows, allow_nan=False)
 
 
+def test_a_quantized_model_is_nothing_to_compare_with(tiny, tmp_path):
+    load_pipeline(tiny("z-image"), quantization="int4").save_pretrained(tmp_path / "int4")
+    asked = quality.Options(str(tmp_path / "int4"), ("int8",), ("a cat",), tmp_path / "pictures", call=SIZE)
+    with pytest.raises(ValueError, match="holds a quantized transformer: give the bf16 pipeline"):
+        next(quality.run(asked))
+
+
 def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     asked = options(tiny, tmp_path, methods=("int8",), floor="skip")
     made = []

@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import nn
 
-from ...names import check_name
+from ...names import CALL_FILE, check_name
 from .course import Course, Plan
 from .data import CLIPS, PICTURES, draw_all
 from .flux2 import KleinCourse
@@ -76,7 +76,7 @@ def save(course: Course, pipe: Any, output: Path) -> None:
         if isinstance(model, nn.Module):
             model.eval().requires_grad_(False).to("cpu", torch.bfloat16)
     pipe.save_pretrained(written)
-    (written / "call.json").write_text(json.dumps(dict(course.call), indent=2) + "\n", encoding="utf-8")
+    (written / CALL_FILE).write_text(json.dumps(dict(course.call), indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     written.replace(final)
 
