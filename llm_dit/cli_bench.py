@@ -172,7 +172,9 @@ def budgets(
 def quality(
     source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
     methods: Annotated[str, typer.Option(help="Methods of the transformer, separated by commas.")] = "int8,fp8-dynamic,int4",
-    captions: Annotated[int | None, typer.Option(min=1, help="Prompts: so many captions of scenes, and their score.")] = None,
+    captions: Annotated[
+        int | None, typer.Option(min=1, help="Prompts: so many captions of scenes (clips: LTX-2), and their score.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts: a text file, one a line.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Keeps pictures and results; a later run goes on from it.")] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
@@ -188,7 +190,7 @@ def quality(
     from .bench import quality as bench
     from .bench.quality_report import contact_sheet, table, write_report
 
-    asked = _asked(captions, prompts)
+    asked = _asked(source, captions, prompts)
     options = bench.Options(
         source,
         tuple(bench.methods_of(methods)),
@@ -207,12 +209,12 @@ def quality(
     print_plain(json.dumps(rows, indent=2) if as_json else table(rows))
 
 
-def _asked(captions: int | None, prompts: Path | None) -> tuple[str, ...]:
-    """So many captions of scenes, or the lines of a file."""
-    from .bench.quality import scene_captions
+def _asked(source: str, captions: int | None, prompts: Path | None) -> tuple[str, ...]:
+    """So many captions of what the pipeline of `source` makes, or the lines of a file."""
+    from .bench.quality import captions_for
 
     if captions is not None and prompts is None:
-        return scene_captions(captions)
+        return captions_for(source, captions)
     if prompts is not None and captions is None:
         return _lines(prompts)
     raise ValueError("give --captions N or --prompts FILE, one of the two")
@@ -259,7 +261,7 @@ def sensitivity(
     from .quantization.report import format_bytes
     from .writing import write_text
 
-    asked = _asked(captions, prompts)
+    asked = _asked(source, captions, prompts)
     trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output, batch))
     rows = sorted(trial.rows(), key=lambda row: -row["harm_per_mib"])
     uniform, mix = trial.measure(()), trial.best(rows, at_least)
@@ -290,7 +292,7 @@ def int4_grids(
     from .bench.sensitivity import Options, Sensitivity
     from .writing import write_text
 
-    rows = list(bench.compare(Sensitivity(Options(source, "int4", _asked(captions, None), batch=batch))))
+    rows = list(bench.compare(Sensitivity(Options(source, "int4", _asked(source, captions, None), batch=batch))))
     if output:
         write_text(output, json.dumps(rows, indent=2) + "\n")
     print_plain(bench.table(rows))

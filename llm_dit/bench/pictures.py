@@ -26,10 +26,12 @@ class Made:
     Attributes:
         pictures: [H, W, 3] uint8; one, or frames of a clip.
         latents: after every step, float32 on the host.
+        sound: of a clip that has one, [channels, samples] float32 on the host.
     """
 
     pictures: list[np.ndarray]
     latents: list[Tensor]
+    sound: Tensor | None = None
 
 
 def make(pipe: Any, source: str, prompts: Mapping[int, str], call: Mapping[str, Any]) -> list[Made]:
@@ -47,7 +49,14 @@ def make(pipe: Any, source: str, prompts: Mapping[int, str], call: Mapping[str, 
         return {}
 
     result = pipe(**arguments, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
-    return [Made(pictures_of(result, place), [step[place] for step in steps]) for place in range(len(texts))]
+    return [
+        Made(pictures_of(result, place), [step[place] for step in steps], _sound_of(result, place)) for place in range(len(texts))
+    ]
+
+
+def _sound_of(result: Any, place: int) -> Tensor | None:
+    sounds = getattr(result, "audio", None)
+    return None if sounds is None else torch.as_tensor(sounds[place]).float().cpu().clone()
 
 
 def pictures_of(result: Any, place: int = 0) -> list[np.ndarray]:

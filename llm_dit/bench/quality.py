@@ -12,16 +12,18 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..load import load_pipeline
+from ..load import load_pipeline, pipeline_class_of
 from ..names import check_name
 from ..quantization import METHODS, get_method
 from ..tiny import scenes
@@ -35,6 +37,8 @@ REFERENCE: Final = "none"
 FLOORS: Final = ("float32", "compile", "skip")
 WORST: Final = 5
 """Layers that are named."""
+_SOUND: Final = "sound"
+"""Beside the latents of a clip, in their file."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Options:
         methods: of the transformer.
         prompts: one picture each; the n-th is made with seed n everywhere.
         folder: keeps pictures and results, from which an interrupted run goes on.
-        captions: the prompts are captions of scenes, and are scored.
+        captions: the prompts are captions of scenes, or of clips, and are scored.
         call: further arguments of the pipeline's call, e.g. its size.
         floor: what bf16 is compared with for the noise floor: "float32", "compile" or "skip".
         batch: prompts of one call; which of them share one changes a picture no more than rounding does.
@@ -60,6 +64,21 @@ class Options:
     call: Mapping[str, Any] = field(default_factory=dict)
     floor: str = "float32"
     batch: int = 1
+
+
+def captions_for(source: str, count: int) -> tuple[str, ...]:
+    """So many captions for the pipeline of a folder or repository: of clips if it makes clips, else of scenes."""
+    return clip_captions(count) if pipeline_class_of(source).family.generation.video else scene_captions(count)
+
+
+def clip_captions(count: int) -> tuple[str, ...]:
+    """Captions of clips that no model of ours was trained on, always the same; they are few, and come again."""
+    known = dict.fromkeys(scenes.Clip(scenes.Thing(*thing), way).caption for *thing, way in product(*_CLIP_WORDS))
+    held_out = [caption for caption in known if scenes.clip_held_out(scenes.parse_clip(caption))]
+    return tuple(islice(cycle(held_out), count))
+
+
+_CLIP_WORDS: Final = (scenes.SIZES, scenes.COLOURS, scenes.SHAPES, scenes.DIRECTIONS)
 
 
 def scene_captions(count: int) -> tuple[str, ...]:
@@ -155,8 +174,12 @@ def _generate(pipe: Any, options: Options, prompts: Mapping[int, str], folder: P
     for seed, made in zip(prompts, make(pipe, options.source, prompts, options.call), strict=True):
         for number, picture in enumerate(made.pictures):
             Image.fromarray(picture).save(folder / f"{seed:04}-{number}.png")
-        steps = {f"step{number:03}": tensor.contiguous() for number, tensor in enumerate(made.latents)}
-        save_file(steps, _latents(folder, seed))
+        kept = {f"step{number:03}": tensor.contiguous() for number, tensor in enumerate(made.latents)}
+        facts = {}
+        if made.sound is not None:
+            kept[_SOUND] = made.sound.contiguous()
+            facts["sampling_rate"] = str(pipe.vocoder.config.output_sampling_rate)
+        save_file(kept, _latents(folder, seed), facts)
 
 
 def _latents(folder: Path, seed: int) -> Path:
@@ -171,7 +194,7 @@ def _compared(options: Options, method: str) -> Row:
     row: Row = {}
     folder, reference = options.folder / method, options.folder / REFERENCE
     if options.captions:
-        scores = [scenes.score(_to_scene(_read_pictures(folder, i)[0]), prompt) for i, prompt in enumerate(options.prompts)]
+        scores = [_score(folder, number, prompt) for number, prompt in enumerate(options.prompts)]
         row["caption_score"] = statistics.mean(one.whole for one in scores)
         row["caption_parts"] = statistics.mean(one.share for one in scores)
     if method == REFERENCE:
@@ -185,6 +208,17 @@ def _compared(options: Options, method: str) -> Row:
     return row
 
 
+def _score(folder: Path, number: int, caption: str) -> scenes.Score:
+    """What a program reads off the picture, or off the clip and its sound, of a caption."""
+    pictures = [_to_scene(picture) for picture in _read_pictures(folder, number)]
+    if len(pictures) == 1:
+        return scenes.score(pictures[0], caption)
+    with safe_open(_latents(folder, number), "np") as file:
+        if _SOUND not in file.keys():  # noqa: SIM118 (no mapping)
+            return scenes.score_clip(np.stack(pictures), caption)
+        return scenes.score_clip(np.stack(pictures), caption, file.get_tensor(_SOUND), float(file.metadata()["sampling_rate"]))
+
+
 def _to_scene(picture: np.ndarray) -> np.ndarray:
     side = 128
     return picture if picture.shape[:2] == (side, side) else np.asarray(Image.fromarray(picture).resize((side, side)))
@@ -193,7 +227,7 @@ def _to_scene(picture: np.ndarray) -> np.ndarray:
 def _step_errors(reference: Path, other: Path) -> list[float]:
     """Relative L2 error of the latents after every step."""
     expected, found = load_file(reference), load_file(other)
-    return [float((found[name] - expected[name]).norm() / expected[name].norm()) for name in sorted(expected)]
+    return [float((found[name] - expected[name]).norm() / expected[name].norm()) for name in sorted(expected) if name != _SOUND]
 
 
 def default_folder(source: str) -> Path:

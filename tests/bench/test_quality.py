@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from llm_dit import load_pipeline
@@ -15,7 +17,7 @@ from llm_dit.bench import quality
 from llm_dit.bench.layer_noise import layer_noise, signal_to_noise
 from llm_dit.bench.picture_metrics import MOST_DB, flip, psnr, ssim
 from llm_dit.cli import app
-from llm_dit.tiny import get
+from llm_dit.tiny import get, scenes
 
 pytest.importorskip("skimage")
 pytest.importorskip("flip_evaluator")
@@ -103,6 +105,31 @@ def test_every_family(name, tiny, tmp_path):
     _, row = quality.run(asked)
     assert 20 < row["psnr"] <= MOST_DB
     assert "caption_score" not in row
+
+
+def test_clips_are_scored_with_their_sound(tiny, tmp_path):
+    """Drawn clips in place of the pipeline's: the whole caption is read off what was kept, and a wrong pitch is heard."""
+    name, captions = "ltx2.3", quality.captions_for(str(tiny("ltx2.3")), 2)
+    call = {key: value for key, value in get(name).call().items() if key not in ("prompt", "generator", "output_type")}
+    asked = quality.Options(str(tiny(name)), (), captions, tmp_path, captions=True, call=call, floor="skip", batch=2)
+    (row,) = quality.run(asked)
+    assert 0 <= row["caption_score"] <= row["caption_parts"] <= 1
+    generator, none = np.random.default_rng(0), tmp_path / "none"
+    for number, caption in enumerate(captions):
+        clip = scenes.parse_clip(caption)
+        assert scenes.clip_held_out(clip)
+        with safe_open(none / f"{number:04}.safetensors", "pt") as file:
+            assert file.get_tensor("sound").ndim == 2
+            rate = file.metadata()["sampling_rate"]
+        for picture in none.glob(f"{number:04}-*.png"):
+            picture.unlink()
+        for place, frame in enumerate(scenes.draw_clip(clip, generator)[::2]):
+            Image.fromarray(frame).save(none / f"{number:04}-{place}.png")
+        tone = torch.from_numpy(scenes.draw_tone(clip, generator)[None] / 32768)
+        assert quality._score(none, number, caption).parts["pitch"] is False  # the tiny model's noise
+        save_file({"sound": tone}, none / f"{number:04}.safetensors", {"sampling_rate": "16000"})
+        assert rate.isdigit()
+        assert quality._score(none, number, caption).whole
 
 
 def test_the_command(tiny, tmp_path):
