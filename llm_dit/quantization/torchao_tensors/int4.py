@@ -61,10 +61,13 @@ def fitted_range(grouped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     span = highest - lowest
     # A group of equal weights has no range. The floor keeps the step from 0; such a group is its smallest value alone.
     floor = torch.finfo(dtype).tiny
+    # Written over for every share: on a CPU, memory that is new each time takes as long as the arithmetic.
+    difference, steps = torch.empty_like(grouped), torch.empty_like(grouped)
     for share in SHARES:
         low, step = (lowest + span * ((1 - share) / 2)).to(dtype), (span * (share / 15)).to(dtype).clamp(min=floor)
-        difference = grouped - low.float().unsqueeze(-1)
-        error = difference.sub_(_steps(difference, step).mul_(step.float().unsqueeze(-1))).square_().sum(-1)
+        torch.sub(grouped, low.float().unsqueeze(-1), out=difference)
+        _steps(difference, step, out=steps).mul_(step.float().unsqueeze(-1))
+        error = difference.sub_(steps).square_().sum(-1)
         if share == SHARES[0]:
             best_low, best_step, least = low, step, error
         else:
@@ -74,9 +77,9 @@ def fitted_range(grouped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return best_low, best_step
 
 
-def _steps(difference: Tensor, step: Tensor) -> Tensor:
+def _steps(difference: Tensor, step: Tensor, out: Tensor | None = None) -> Tensor:
     """How many steps [N, groups] the differences [N, groups, G] from the smallest value are, 0 to 15."""
-    return (difference / step.float().unsqueeze(-1)).round_().clamp_(0, 15)
+    return torch.div(difference, step.float().unsqueeze(-1), out=out).round_().clamp_(0, 15)
 
 
 @serializable
