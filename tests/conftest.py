@@ -62,6 +62,12 @@ def generate(pipe, name: str, **others) -> torch.Tensor:
     return tensors_of(pipe(**{**get(name).call(), **others}))
 
 
+def encoding_keywords(name: str) -> dict:
+    """Those of the tiny pipeline's arguments that its `encode_prompt` takes."""
+    call = get(name).call()
+    return {key: call[key] for key in ("max_sequence_length", "text_encoder_out_layers") if key in call}
+
+
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     value, reference = value.double(), reference.double()
     return float((value - reference).norm() / reference.norm())

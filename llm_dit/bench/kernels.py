@@ -9,10 +9,10 @@ from typing import Any, Final
 import torch
 
 KINDS: Final[Mapping[str, str]] = {
+    "compiled": r"^triton_",  # first, for their names list the operators that they compute or feed
     "attention": r"flash|fmha|sdpa|attention",
     "matmul": r"gemm|nvjet|cutlass|xmma|splitk",
     "quantize": r"quantize_rows|dequantize",
-    "compiled": r"^triton_",
     "copies": r"memcpy|memset",
 }
 """By kind, what is in the names of its kernels; the first that matches counts. All others are "elementwise"."""

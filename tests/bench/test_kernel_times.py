@@ -16,6 +16,7 @@ from llm_dit.bench.kernels import kernel_times, kind_of, summarized
         ("_quantize_rows_kernel", "quantize"),
         ("_dequantize_int4_kernel", "quantize"),
         ("triton_poi_fused_add_gelu_mul_0", "compiled"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_cat_permute_view_5", "compiled"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel>", "elementwise"),
     ],

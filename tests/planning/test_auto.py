@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import generate
+from conftest import encoding_keywords, generate
 
 from llm_dit import load_pipeline
 from llm_dit.families.z_image import QuantizableZImageImg2ImgPipeline
@@ -150,7 +150,7 @@ def test_turns_go_on_after_other_moves(tiny):
     expected = generate(pipe, "flux2-klein").cpu()
     pipe.to("cpu")
     assert torch.allclose(generate(pipe, "flux2-klein").cpu(), expected, atol=0.05)
-    pipe.encode_then_free("a red circle", max_sequence_length=16)
+    pipe.encode_then_free("a red circle", **encoding_keywords("flux2-klein"))
     assert torch.allclose(generate(pipe, "flux2-klein").cpu(), expected, atol=0.05)
     assert torch.allclose(generate(deepcopy(pipe), "flux2-klein").cpu(), expected, atol=0.05)
 

@@ -1,18 +1,32 @@
-"""Copies by threads of our own give what torch's give."""
+"""Copies in parts give what torch's give, and are made once torch's were slow."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_dit.quantization.torchao_tensors.host_copy import PART_BYTES, HostCopier
+from llm_dit.quantization.torchao_tensors import host_copy
+from llm_dit.quantization.torchao_tensors.host_copy import PART_BYTES, PATIENCE, HostCopier
 
 
 @pytest.fixture(scope="module")
 def copier():
+    """One that copies in parts."""
     copier = HostCopier()
+    copier._slow = PATIENCE
     yield copier
     copier.close()
+
+
+@pytest.mark.parametrize(("slow", "in_parts"), [(float("inf"), True), (0.0, False)])
+def test_parts_come_after_so_many_slow_copies(slow, in_parts, monkeypatch):
+    monkeypatch.setattr(host_copy, "SLOW", slow)
+    copier, parts = HostCopier(), []
+    monkeypatch.setattr(copier, "_copy_in_parts", lambda destination, source: parts.append(source))
+    source = torch.zeros(PART_BYTES, dtype=torch.uint8)
+    for _ in range(PATIENCE + 2):
+        copier.copy(torch.empty_like(source), source)
+    assert len(parts) == (2 if in_parts else 0)
 
 
 @given(
