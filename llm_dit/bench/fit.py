@@ -27,9 +27,10 @@ _FACTORS: Final = tuple(1 + step / 100 for step in range(101))
 
 @dataclass(frozen=True)
 class Point:
-    """A measured point of a class of models with what is counted for it, in bytes."""
+    """A measured point of a role and a class of models with what is counted for it, in bytes."""
 
     case: Case
+    role: str
     class_name: str
     counted: int
     measured: int
@@ -45,8 +46,8 @@ def points(rows: Sequence[Row]) -> list[Point]:
     for row in tqdm(rows, desc="Counting", unit="point", disable=len(rows) < 20):
         case = Case(**{field.name: row[field.name] for field in fields(Case)})
         if case.component != CONTEXT and row.get("allocated_bytes") is not None:
-            kind = type(_model(case.geometry, case.component)[2]).__name__
-            found.append(Point(case, kind, counted(case), row["allocated_bytes"]))
+            _, role, model = _model(case.geometry, case.component)
+            found.append(Point(case, role, type(model).__name__, counted(case), row["allocated_bytes"]))
     return sorted(found, key=lambda point: repr(point.case))
 
 
@@ -79,12 +80,23 @@ def fit(path: Path) -> Constants:
     fitted, _ = split(points(rows))
     if {point.case.phase for point in fitted} != set(PHASES):
         raise ValueError(f"{str(path)!r} does not hold the points of a GPU that a fit needs: run bench calibrate -o {path} there")
-    phases = {phase: correction([point for point in fitted if point.case.phase == phase]) for phase in PHASES[:2]}
+    by_vaes = [point for point in fitted if (point.case.phase, point.role) == ("encode", "vae")]
+    others = [point for point in fitted if point not in by_vaes]
+    phases = {phase: correction([point for point in others if point.case.phase == phase]) for phase in PHASES[:2]}
     decodes = [point for point in fitted if point.case.phase == "decode"]
     kinds = sorted({point.class_name for point in decodes})
     decoders = {kind: correction([point for point in decodes if point.class_name == kind]) for kind in kinds}
     phases["decode"] = max(decoders.values(), key=lambda one: one.factor)
-    found = constants().model_copy(update={"context_bytes": context[0], "phases": phases, "decoders": decoders})
+    # Few encodes are measured, and they are convolutions as well: no less than the decode that takes most.
+    vae_encode = max([phases["decode"], *([correction(by_vaes)] if by_vaes else [])], key=lambda one: one.factor)
+    found = Constants(
+        context_bytes=context[0],
+        phases=phases,
+        decoders=decoders,
+        vae_encode=vae_encode,
+        load=constants().load,
+        slack=constants().slack,
+    )
     write_text(PATH, json.dumps(found.model_dump(), indent=2) + "\n")
     return found
 

@@ -40,6 +40,7 @@ class Constants(BaseModel):
         context_bytes: what CUDA and the kernels take of the card before a tensor is there.
         phases: by phase ("encode", "denoise", "decode"), what workspaces add to the activations.
         decoders: the same for the decode of a class of VAE that was measured; cuDNN takes more for some than for others.
+        vae_encode: the same for the encode of every VAE, which takes cuDNN's workspaces too.
         load: what loading takes beside the weights.
         slack: share of weights and activations that the allocator holds and cannot use.
     """
@@ -49,11 +50,14 @@ class Constants(BaseModel):
     context_bytes: int
     phases: dict[str, Correction]
     decoders: dict[str, Correction]
+    vae_encode: Correction
     load: LoadCost
     slack: float
 
-    def correct(self, phase: str, class_name: str, counted: int) -> int:
-        """Bytes to expect of a component of that class, where so many are counted."""
+    def correct(self, phase: str, role: str, class_name: str, counted: int) -> int:
+        """Bytes to expect of a component of that role and class, where so many are counted."""
+        if (phase, role) == ("encode", "vae"):
+            return self.vae_encode.apply(counted)
         found = self.decoders.get(class_name) if phase == "decode" else None
         return (found or self.phases[phase]).apply(counted)
 

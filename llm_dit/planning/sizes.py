@@ -104,7 +104,7 @@ class PipelineSizes:
             model, forwards = self._model(component), self.family.forwards
             self._counted[key] = activation_bytes(model, component, phase, part.role, forwards, size, cut)
         counted = self._counted[key][part.saved_method if method == AS_SAVED else method]
-        return constants().correct(phase, part.weights.class_name, counted)
+        return constants().correct(phase, part.role, part.weights.class_name, counted)
 
     def cuts(self, size: Size) -> tuple[Cut, ...]:
         """Ways to decode, the least cut first."""

@@ -51,7 +51,7 @@ def test_points_are_what_they_say():
 
 def test_a_correction_covers_what_it_was_fitted_to():
     case = calibrate.Case("klein-4b", "vae", "decode")
-    found = [Point(case, "AutoencoderKLFlux2", size, int(1.1 * size) + 10**8) for size in (10**8, 10**9, 10**10)]
+    found = [Point(case, "vae", "AutoencoderKLFlux2", size, int(1.1 * size) + 10**8) for size in (10**8, 10**9, 10**10)]
     one = correction(found)
     for point in found:
         assert point.measured <= one.apply(point.counted) <= point.measured + point.allowed()

@@ -17,7 +17,7 @@ def measured() -> tuple[list[Point], list[Point]]:
 
 
 def estimate(point: Point) -> int:
-    return constants().correct(point.case.phase, point.class_name, point.counted)
+    return constants().correct(point.case.phase, point.role, point.class_name, point.counted)
 
 
 def test_estimates_of_points_that_were_not_fitted(measured):
