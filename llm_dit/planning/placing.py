@@ -21,6 +21,8 @@ def carry_out(pipe: Any, plan: Plan) -> Recorder:
     recorder = Recorder(plan, device)
     recorder.note()
     if device.type == "cuda":
+        if plan.shown.candidate.offload == "encode_then_free":
+            recorder.begin("encode")  # the encoders have the first turn, and come now
         _place(pipe, plan, device)
     recorder.watch(models_of(pipe))  # last: a phase begins when what is to leave before it has left
     return recorder

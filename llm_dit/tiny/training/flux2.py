@@ -36,7 +36,7 @@ class KleinCourse(PictureCourse):
         "height": 128,
         "width": 128,
         "num_inference_steps": 20,
-        "guidance_scale": 4.0,
+        "guidance_scale": 2.0,
         "max_sequence_length": 32,
         "text_encoder_out_layers": LAYERS,
     }

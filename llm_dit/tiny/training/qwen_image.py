@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,11 +16,14 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..qwen_image import VISION, VISION_TOKENS
-from .course import SHIFT, deviations, initialized, tokenizer
+from .course import SHIFT, Plan, deviations, initialized, tokenizer
+from .data import Drawn
 from .pictures import PictureCourse
 
 DROPPED = 34
@@ -52,6 +58,10 @@ class QwenImageCourse(PictureCourse):
                 seed=3,
             ),
         )
+
+    def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
+        with convolving_pictures(pipe.vae):
+            return super().latents(pipe, drawn, plan)
 
     def moments(self, vae: Any, pictures: Tensor) -> Tensor:
         return vae.quant_conv(vae.encoder(pictures.unsqueeze(2)))[:, :, 0]
@@ -96,6 +106,32 @@ class QwenImageCourse(PictureCourse):
     @cached_property
     def _ropes(self) -> dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]]:
         return {}
+
+
+@contextmanager
+def convolving_pictures(vae: nn.Module) -> Iterator[None]:
+    """Has the convolutions of a video autoencoder that sees one frame at a time compute in two dimensions.
+
+    Before a first frame they put zeros, so that of three taps in time the last alone meets anything; a convolution in three
+    dimensions multiplies the zeros too.
+    """
+    convolutions = [module for module in vae.modules() if isinstance(module, QwenImageCausalConv3d)]
+    for module in convolutions:
+        module.forward = MethodType(_convolve_picture, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            del module.forward
+
+
+def _convolve_picture(convolution: Any, frame: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """[B, C, 1, H, W] of a first frame, for which nothing is cached."""
+    columns, _, rows, *_ = convolution._padding
+    found = functional.conv2d(
+        frame[:, :, 0], convolution.weight[:, :, -1], convolution.bias, convolution.stride[1:], (rows, columns)
+    )
+    return found.unsqueeze(2)
 
 
 def _qwen25_vl() -> Qwen2_5_VLConfig:

@@ -5,10 +5,26 @@ import torch
 
 from llm_dit.tiny.training.__main__ import COURSES
 from llm_dit.tiny.training.pictures import PictureCourse
+from llm_dit.tiny.training.qwen_image import convolving_pictures
 
 PICTURES = [name for name, course in COURSES.items() if isinstance(course, PictureCourse)]
 CAPTION = "a small red circle to the left of a large yellow triangle"
 UNGUIDED = {"z-image": {"guidance_scale": 0.0}, "flux2-klein": {"guidance_scale": 1.0}, "qwen-image": {"true_cfg_scale": 1.0}}
+
+
+def test_one_frame_convolved_as_a_picture():
+    """Qwen-Image's autoencoder computes the same in two dimensions, and is its own again afterwards."""
+    course = COURSES["qwen-image"]
+    vae = course.build().vae.eval()
+    pictures = torch.rand(2, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        expected = course.moments(vae, pictures)
+        decoded = course.decoded(vae, expected.chunk(2, dim=1)[0])
+        with convolving_pictures(vae):
+            found = course.moments(vae, pictures)
+            assert torch.allclose(found, expected, atol=1e-4)
+            assert torch.allclose(course.decoded(vae, found.chunk(2, dim=1)[0]), decoded, atol=1e-4)
+    assert not any("forward" in vars(module) for module in vae.modules())
 
 
 def shaken(course):
