@@ -147,9 +147,7 @@ def generate(
     )
     if compile_mode and compile is False:
         raise ValueError("--compile-mode says how to compile, and --no-compile not to: leave one out")
-    if compile_mode:
-        compile = True
-    more = {"compile": compile, "compile_mode": compile_mode, "vram_budget": vram}
+    more = {"compile": True if compile_mode else compile, "compile_mode": compile_mode, "vram_budget": vram}
     load |= {name: value for name, value in more.items() if value is not None}
     call = {
         "negative_prompt": negative_prompt,
