@@ -17,7 +17,6 @@ from ..quantization.component import layer_stats
 from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.sizes import dense_bytes, model_bytes
-from ..quantization.warm_up import warm_up
 from .base import ComponentRequest, LoadPlan
 from .saving import attach_saver
 
@@ -56,7 +55,6 @@ def load_planned(model: nn.Module, plan: Plan, name: str, device: torch.device) 
         RuntimeError: if a quantized layer gives NaN.
     """
     wanted = plan.wanted
-    warm_up(config for layer in plan.layers if (config := layer.config) is not None)
     load_component(model, plan, device)
     if wanted.method.make_config is not None:
         probe_finite(model)

@@ -16,7 +16,6 @@ from ..quantization.hardware import require_support
 from ..quantization.probe import probe_finite
 from ..quantization.torchao_tensors.staging import drain_staging
 from ..quantization.torchao_tensors.stream import quantize_weight
-from ..quantization.warm_up import warm_up
 from .base import ComponentRequest, LoadPlan
 from .saving import attach_saver
 
@@ -34,8 +33,6 @@ class TorchaoBackend:
     def plan(self, model: nn.Module, request: ComponentRequest) -> LoadPlan:
         layers = decide_layers(model, request.method, request.role, request.granularity, request.skip)
         require_quantizable(layers, request.method, request.name)
-        if request.role != "vae":  # whose convolutions are torch's own
-            warm_up(config for layer in layers if (config := layer.config) is not None)
         transforms = {
             layer.parameter: partial(_quantize_read, config=layer.config) for layer in layers if layer.config is not None
         }

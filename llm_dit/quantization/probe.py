@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
@@ -9,19 +11,19 @@ from torchao.utils import TorchAOBaseTensor
 from .detect import FP8_DTYPES
 from .sizes import plain_parts
 from .torchao_tensors.stream import row_chunks
-from .warm_up import wait_for_warm_up
 
 
 def probe_finite(model: nn.Module) -> None:
     """Checks the quantized weights of `model`.
 
-    Every scale must be finite, and so must raw fp8 weights. Of every layout the smallest Linear is run on a row of noise and a
-    row of zeros, the row that makes unguarded fp8 divide zero by zero; a large one would take more memory than the load.
+    Every scale must be finite, and so must raw fp8 weights. Of every layout the smallest weight is looked at too; a large one
+    would take more memory than the load. One of ours is dequantized on the host: a process's first multiplication on a GPU loads
+    libraries and compiles kernels for over a second, which the first call of the pipeline needs and a load does not. A Linear of
+    stock torchao's is run, on a row of noise and a row of zeros, for which unguarded fp8 divides zero by zero.
 
     Raises:
         RuntimeError: naming the layers that failed.
     """
-    wait_for_warm_up()
     bad: list[str] = []
     smallest: dict[type, tuple[str, nn.Linear]] = {}
     with torch.no_grad():
@@ -37,7 +39,7 @@ def probe_finite(model: nn.Module) -> None:
                     smallest[type(weight)] = (name, module)
             elif weight.dtype in FP8_DTYPES and not raw_finite(weight):
                 bad.append(name)
-        bad += [name for name, module in smallest.values() if name not in bad and not _runs_finite(module)]
+        bad += [name for name, module in smallest.values() if name not in bad and not _works(module)]
     if bad:
         listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise RuntimeError(
@@ -59,6 +61,13 @@ def raw_finite(weight: Tensor) -> Tensor:
 def _scales_finite(weight: TorchAOBaseTensor) -> bool:
     floats = [part for part in plain_parts(weight) if part.dtype in (torch.float32, torch.bfloat16, torch.float16)]
     return all(bool(torch.isfinite(part).all()) for part in floats)
+
+
+def _works(module: nn.Linear) -> bool:
+    weight: Any = module.weight
+    if type(weight).__module__.startswith("torchao."):
+        return _runs_finite(module)
+    return bool(torch.isfinite(weight.to("cpu").dequantize()).all())
 
 
 def _runs_finite(module: nn.Linear) -> bool:

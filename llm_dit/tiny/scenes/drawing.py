@@ -15,6 +15,9 @@ RADII: Final = {"small": (10.0, 13.0), "large": (19.0, 23.0)}
 GAP: Final = 6.0
 """Between the squares of two things, and to the border 4."""
 _BORDER: Final = 4.0
+_ASLANT: Final = 0.4
+"""How far two things may lie from straight beside or above each other, across over along; at 1 nobody could say which they are.
+What is generated scatters around what is drawn."""
 _FINER: Final = 4
 """Pixels are averaged from so many times as fine ones."""
 
@@ -66,7 +69,7 @@ def _places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, f
             offset = centres[0] - centres[1]
             direction = np.array(RELATIONS[scene.relation])
             along, across = float(offset @ direction), float(abs(offset @ direction[::-1]))
-            if along < sum(radii) + GAP or across > 0.7 * along:
+            if along < sum(radii) + GAP or across > _ASLANT * along:
                 continue
         return [(float(x), float(y), radius) for (x, y), radius in zip(centres, radii, strict=True)]
 
