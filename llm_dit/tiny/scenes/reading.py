@@ -12,7 +12,7 @@ import numpy as np
 from .drawing import RADII, SIDE, shape_mask
 from .scene import COLOURS, RELATIONS, SHAPES, Scene, Thing, parse
 
-_COLOURFUL: Final = 70
+COLOURFUL: Final = 70
 """Largest minus smallest channel of a pixel that belongs to a thing; grounds are grey."""
 _SMALLEST: Final = 60
 """Pixels of a thing; less is a speck."""
@@ -57,7 +57,7 @@ def read(picture: np.ndarray) -> list[Found]:
     if picture.shape != (SIDE, SIDE, 3):
         raise ValueError(f"a picture of a scene is [{SIDE}, {SIDE}, 3], not {list(picture.shape)}")
     channels = picture.astype(np.float64)
-    colourful = channels.max(axis=-1) - channels.min(axis=-1) > _COLOURFUL
+    colourful = channels.max(axis=-1) - channels.min(axis=-1) > COLOURFUL
     labels = _components(colourful)
     masks = [labels == label for label in np.unique(labels[colourful])]
     found = [_found(mask, channels) for mask in masks if mask.sum() >= _SMALLEST]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -10,9 +10,14 @@ import typer
 from torch import Tensor
 
 from .. import scenes
+from ..scenes.reading import COLOURFUL
 from .course import Coding, Course, Plan
 from .data import PICTURES, Drawn, to_bytes, to_float
 from .stages import clean_all, encode_all, train_autoencoder
+
+_COLOURED: Final = 5.0
+"""How much more an error counts in a coloured pixel. Things fill a tenth of a picture and are all that is read in it; without,
+latents describe the pattern of a ground and round a cross to a diamond."""
 
 
 class PictureCourse(Course, Coding):
@@ -22,6 +27,11 @@ class PictureCourse(Course, Coding):
 
     def prepared(self, drawn: Tensor) -> Tensor:
         return to_float(drawn)
+
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Absolute; pixels that are coloured, or should be, count several times."""
+        coloured = torch.maximum(_saturation(found.detach()), _saturation(wanted)) > COLOURFUL / 127.5
+        return ((found - wanted).abs() * (1 + _COLOURED * coloured)).mean()
 
     def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
         pictures = drawn.on("pictures", plan.device)
@@ -41,3 +51,8 @@ class PictureCourse(Course, Coding):
         pictures = torch.from_numpy(np.stack([scenes.draw(scene, generator) for scene in wanted])).to(device)
         found = to_bytes(self.decoded(vae, self.posterior(vae, to_float(pictures))[0]))
         return sum(scenes.score(picture, scene.caption).whole for picture, scene in zip(found, wanted, strict=True)) / count
+
+
+def _saturation(pictures: Tensor) -> Tensor:
+    """Largest minus smallest channel, [B, 1, H, W], of pictures [B, 3, H, W]."""
+    return pictures.amax(dim=1, keepdim=True) - pictures.amin(dim=1, keepdim=True)
