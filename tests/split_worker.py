@@ -28,7 +28,7 @@ CASES = {
     "qwen-image, a text of odd length": ("qwen-image", {}, {"prompt": "abc"}),
     "qwen-image, a text of even length": ("qwen-image", {}, {"prompt": "ab"}),
     "qwen-image, texts of two lengths": ("qwen-image", {}, {"prompt": LENGTHS, "negative_prompt": ["", " "]}),
-    "qwen-image in fp8": ("qwen-image", {"quantization": "fp8-dynamic"}, {}),
+    "qwen-image in fp8": ("qwen-image", {"quantization": "fp8-dynamic"}, {"prompt": "ab"}),
     "z-image": ("z-image", {}, {}),
     "z-image, texts of two lengths": ("z-image", {}, {"prompt": None, **embeds(20, 50)}),
     "ltx2": ("ltx2", {}, {}),
