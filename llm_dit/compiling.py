@@ -42,11 +42,7 @@ def compile_component(model: Any, mode: str) -> None:
 
 
 def _options(mode: str) -> dict[str, Any]:
-    """What `mode` stands for, and our passes; `torch.compile` takes either a mode or options.
-
-    "triton.multi_kernel" has inductor time a persistent and a looped kernel for each reduction, at the first call, and keep the
-    faster one: row scales are reductions over thousands of columns, for which its own guess is often the slower.
-    """
+    """What `mode` stands for, and our passes; `torch.compile` takes either a mode or options."""
     from torch._inductor import list_mode_options
 
-    return {**list_mode_options(mode), "post_grad_custom_pre_pass": CheaperArithmetic(), "triton.multi_kernel": 1}
+    return {**list_mode_options(mode), "post_grad_custom_pre_pass": CheaperArithmetic()}

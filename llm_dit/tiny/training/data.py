@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -78,22 +79,16 @@ def draw_all(folder: Path, count: int, subject: Subject) -> Drawn:
     )
     if not captions.is_file():
         partial = {name: folder / f".{name}-{count}-{os.getpid()}.npy" for name in files}
-        arrays = [
+        for name, (shape, kind) in subject.arrays.items():
             np.lib.format.open_memmap(partial[name], mode="w+", dtype=kind, shape=(count, *shape))
-            for name, (shape, kind) in subject.arrays.items()
-        ]
-        found: list[str] = []
-        starts = range(0, count, subject.chunk)
-        chunks = [(subject, seed, min(subject.chunk, count - start)) for seed, start in enumerate(starts)]
+        draw = functools.partial(_draw, subject, list(partial.values()))
+        chunks = range(-(-count // subject.chunk))
         # A process that has used a GPU cannot be forked; one that has not need not import torch again in every worker.
         with get_context("spawn" if torch.cuda.is_initialized() else "fork").Pool() as pool:
-            for drawn, texts in tqdm(pool.imap(_draw, chunks), f"Drawing {', '.join(files)}", len(chunks), unit="chunk"):
-                for array, part in zip(arrays, drawn, strict=True):
-                    array[len(found) : len(found) + len(texts)] = part
-                found += texts
-        for name, array in zip(files, arrays, strict=True):
-            array.flush()
-            partial[name].replace(files[name])
+            bar = tqdm(pool.imap(draw, chunks), f"Drawing {', '.join(files)}", len(chunks), unit="chunk")
+            found = [text for texts in bar for text in texts]
+        for name, file in files.items():
+            partial[name].replace(file)
         written = captions.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(found), encoding="utf-8")
         written.replace(captions)
@@ -101,17 +96,18 @@ def draw_all(folder: Path, count: int, subject: Subject) -> Drawn:
     return Drawn(mapped, json.loads(captions.read_text(encoding="utf-8")))
 
 
-def _draw(numbered: tuple[Subject, int, int]) -> tuple[list[np.ndarray], list[str]]:
-    subject, seed, size = numbered
-    generator = np.random.default_rng((1, seed))
-    arrays = [np.empty((size, *shape), kind) for shape, kind in subject.arrays.values()]
+def _draw(subject: Subject, files: list[Path], chunk: int) -> list[str]:
+    """Draws a chunk into its place in the files, whose arrays have their final sizes; returns the captions."""
+    arrays = [np.load(file, mmap_mode="r+") for file in files]
+    generator = np.random.default_rng((1, chunk))
+    start = chunk * subject.chunk
     captions: list[str] = []
-    for index in range(size):
+    for index in range(start, min(start + subject.chunk, len(arrays[0]))):
         caption, drawn = subject.draw(generator)
         captions.append(caption)
         for array, one in zip(arrays, drawn, strict=True):
             array[index] = one
-    return arrays, captions
+    return captions
 
 
 def _picture(generator: np.random.Generator) -> tuple[str, tuple[np.ndarray, ...]]:
