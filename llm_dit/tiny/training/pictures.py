@@ -15,9 +15,10 @@ from .course import Coding, Course, Plan
 from .data import PICTURES, Drawn, to_bytes, to_float
 from .stages import clean_all, encode_all, train_autoencoder
 
-_COLOURED: Final = 5.0
+_COLOURED: Final = 3.0
 """How much more an error counts in a coloured pixel. Things fill a tenth of a picture and are all that is read in it; without,
-latents describe the pattern of a ground and round a cross to a diamond."""
+latents describe the pattern of a ground and round a cross to a diamond: of Qwen-Image's reconstructions 92.5 % were read right
+after 12,700 steps, and with 5.0 99 % after 5,700."""
 
 
 class PictureCourse(Course, Coding):
@@ -29,9 +30,12 @@ class PictureCourse(Course, Coding):
         return to_float(drawn)
 
     def error(self, found: Tensor, wanted: Tensor) -> Tensor:
-        """Absolute; pixels that are coloured, or should be, count several times."""
+        """Absolute; pixels that are coloured, or should be, count several times. The weights' mean is 1, as beside them the
+        divergence from the prior has a weight of its own.
+        """
         coloured = torch.maximum(_saturation(found.detach()), _saturation(wanted)) > COLOURFUL / 127.5
-        return ((found - wanted).abs() * (1 + _COLOURED * coloured)).mean()
+        weight = 1 + _COLOURED * coloured
+        return ((found - wanted).abs() * weight).mean() / weight.mean()
 
     def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
         pictures = drawn.on("pictures", plan.device)
