@@ -212,16 +212,10 @@ def quantize(
         raise ValueError(f"{str(output)!r} exists already: give a folder that does not")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(output.absolute().parent)!r} to write into: make it first")
-    load = _load_keywords(
-        quantization,
-        quantization_transformer,
-        quantization_encoder,
-        quantization_vae,
-        quantization_granularity,
-        None,
-        skip,
-        config,
-    )
+    methods = (quantization, quantization_transformer, quantization_encoder, quantization_vae)
+    if not any(methods) and config is None:
+        raise ValueError("quantize needs a method: give --quantization, e.g. int8, one for a component, or a --config")
+    load = _load_keywords(*methods, quantization_granularity, None, skip, config)
     pipe = load_pipeline(model, **load)
     quantized_before = [report.name for report in pipe.quantization_report if report.method == "already_quantized"]
     if quantized_before:

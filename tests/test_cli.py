@@ -97,6 +97,7 @@ def test_a_config_file_and_options_over_it(tiny, tmp_path):
         (["estimate"], "rgument"),
         (["bogus"], "bogus"),
         (["quantize", "TINY", "TINY"], "exists already"),
+        (["quantize", "TINY", "unwritten"], "quantize needs a method"),
         (["estimate", "z-image-turb"], "did you mean 'z-image-turbo'"),
         (["estimate", "./no"], "there is no folder './no'"),
         (["plan", "no/such/folder", "--vram", "8GB"], "there is no folder"),
