@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, Final
 
 import torch
+from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
 
 from .names import nearest
 from .request import LoadOptions, LoadRequest
@@ -44,6 +45,7 @@ DIFFUSERS_KEYWORDS: Final = (
 """Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
 HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 """Those of them that find files on the Hub."""
+COMPUTE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
 
 
@@ -77,13 +79,20 @@ def check_source(pipeline: str, family: str, index: Mapping[str, Any]) -> None:
 
 
 def check_device(device_map: Any) -> None:
-    """Raises ValueError if `device_map` names a CUDA device and there is none, or one by its number, which diffusers refuses."""
+    """Raises ValueError if `device_map` is nothing that diffusers takes, as a CUDA device by its number, or there is none."""
+    if device_map is None:
+        return
     if str(device_map).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device_map={device_map!r}, and there is no CUDA device: leave device_map out to load on the CPU")
     if str(device_map).startswith("cuda:"):
         raise ValueError(
             f"device_map={device_map!r}, and diffusers takes 'cuda', 'cpu' or 'balanced': give 'cuda', or leave it out and call "
             f".to({str(device_map)!r})"
+        )
+    if device_map not in SUPPORTED_DEVICE_MAP:
+        listed = ", ".join(map(repr, dict.fromkeys(SUPPORTED_DEVICE_MAP)))
+        raise ValueError(
+            f"device_map={device_map!r}, and on this machine diffusers takes {listed} for a pipeline: give one of them"
         )
 
 
@@ -126,8 +135,13 @@ def load_dtypes(kwargs: Mapping[str, Any]) -> dict[str, torch.dtype]:
     given = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
     if given is None:
         given = torch.bfloat16
-    if isinstance(given, Mapping):
-        return {"default": torch.bfloat16, **given}
-    if not isinstance(given, torch.dtype):
-        raise ValueError(f"torch_dtype must be a torch.dtype or a mapping of them with quantization, not {given!r}")
-    return {"default": given}
+    dtypes = {"default": torch.bfloat16, **given} if isinstance(given, Mapping) else {"default": given}
+    for dtype in dtypes.values():
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"torch_dtype must be a torch.dtype or a mapping of them with quantization, not {given!r}")
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"torch_dtype={dtype} is nothing that a model computes in: give torch.bfloat16, and say with quantization= what "
+                "its weights are stored in, e.g. 'fp8-weight-only'"
+            )
+    return dtypes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .families import quantizable_class
@@ -33,8 +34,19 @@ def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[Quanti
     refuse_unfinished(str(source))
     index = read_json(str(source), "model_index.json", hub_keywords(kwargs))
     if "_class_name" not in index:
-        raise ValueError(
-            f"{str(source)!r} holds no model_index.json of a diffusers pipeline: give the folder that "
-            "save_pretrained wrote, or the id of a repository on the Hub that can be reached"
-        )
+        raise ValueError(_no_pipeline(str(source)))
     return quantizable_class(index["_class_name"])
+
+
+def _no_pipeline(source: str) -> str:
+    """Why nothing was found under that name."""
+    from .loader import names_repository
+
+    if Path(source).is_dir():
+        return f"{source!r} holds no model_index.json of a diffusers pipeline: give the folder that save_pretrained wrote"
+    if names_repository(source):
+        return (
+            f"there is no folder {source!r} here, and the Hub gave no model_index.json of a repository of that name: check the "
+            "name and the network, or download it first where there is none"
+        )
+    return f"there is no folder {source!r}: give the one that save_pretrained wrote, or owner/repository on the Hub"

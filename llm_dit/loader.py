@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
+from torchao.utils import TorchAOBaseTensor
 
 from .backends import Backend, ComponentRequest, LoadPlan
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
@@ -259,6 +260,19 @@ def saved_method(model: nn.Module) -> str | None:
         if method.make_stock_config and type(method.make_stock_config("per-row")) is kind:
             return method.name
     return None
+
+
+def check_saved_dtype(name: str, model: nn.Module, dtype: torch.dtype) -> None:
+    """Raises ValueError if the quantized weights of a component from a saved folder compute in another dtype than is asked for.
+
+    Its biases and norms are in `dtype` then, with which some layers fail; int8 made for bfloat16 overflows float16.
+    """
+    made = {weight.dtype for weight in model.parameters() if isinstance(weight, TorchAOBaseTensor)} - {dtype}
+    if made:
+        raise ValueError(
+            f"{name} was quantized in {(saved := made.pop())} when it was saved, and would be loaded in {dtype}: give "
+            f"torch_dtype={saved}, or quantize the unquantized weights in {dtype}"
+        )
 
 
 def mark_layerwise(model: Any, cast: bool) -> None:

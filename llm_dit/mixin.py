@@ -25,6 +25,7 @@ from .families.base import Family
 from .files import plan_files
 from .loader import (
     PipelineLoader,
+    check_saved_dtype,
     inspect_component,
     models_of,
     passed_without_a_word,
@@ -323,7 +324,12 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             if name in from_files:
                 reports.append(from_files[name])
             elif name in loader.loads:
-                reports.append(_compared(loader.finish(name, role, model, counted), wanted, model))
+                report = loader.finish(name, role, model, counted)
+                if report.method == "already_quantized":
+                    check_saved_dtype(name, model, request.dtype_of(name))
+                    named = bool({name, role} & request.named)
+                    report = _compared(report, wanted.method.name if wanted else "none" if named else None, model)
+                reports.append(report)
             elif name in passed and role and wanted is not None:
                 reports.append(quantize_passed_component(model, self.component_backend(name, role, request), wanted))
             else:
@@ -333,7 +339,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         if request.quantizes and not loader.loads and not passed and not from_files:
             raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")
         unused = [p for p in request.skip if not any(f"skip pattern {p!r}" in r.skip_reasons.values() for r in reports)]
-        if unused and request.quantizes:
+        if unused and any(report.quantized_layers for report in reports):
             notes.append(f"skip patterns that matched no layer: {', '.join(unused)}")
         notes += [note for report in reports if (note := _speed_note(report))]
         return QuantizationReport(tuple(reports), detect_hardware().name, tuple(notes))
@@ -377,10 +383,10 @@ def _speed_note(report: ComponentReport) -> str:
     return f"{report.name}: {note}" if note else ""
 
 
-def _compared(report: ComponentReport, wanted: ComponentRequest | None, model: nn.Module) -> ComponentReport:
-    """Says, in the report and as a warning, where a saved quantization stands against the request."""
-    if wanted is None or report.method != "already_quantized" or saved_method(model) == wanted.method.name:
+def _compared(report: ComponentReport, wanted: str | None, model: nn.Module) -> ComponentReport:
+    """Says, in the report and as a warning, where a saved quantization stands against the method that is asked for, if any is."""
+    if wanted is None or saved_method(model) == wanted:
         return report
-    note = f"{report.note}, although {wanted.method.name} was asked for: load the bf16 weights to change the method"
+    note = f"{report.note}, although {wanted} was asked for: load the bf16 weights to change the method"
     warnings.warn(f"{report.name}: {note}", stacklevel=5)
     return replace(report, note=note)

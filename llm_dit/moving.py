@@ -59,6 +59,8 @@ class MovingMixin(DiffusionPipeline):
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
         target = torch.device(device) if device is not None else None
         if target is not None and target.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(f"{type(self).__name__}.to({str(target)!r}), and there is no CUDA device: leave it on the CPU")
             if self._turns is not None:
                 logger.warning(
                     "%s was planned to take turns on %s and is not moved there as a whole", type(self).__name__, target

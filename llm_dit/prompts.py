@@ -75,7 +75,8 @@ def _parsed(line: str, where: str) -> Prompt:
     try:
         return Prompt.model_validate(json.loads(line))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a misspelt field is also missing
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ValueError(f"{where}: unknown field {name!r}: {nearest(name, tuple(Prompt.model_fields))}") from None
@@ -142,10 +143,12 @@ class Folder:
         tasks: the whole list.
 
     Raises:
-        ValueError: if the folder holds results of another list.
+        ValueError: if the folder holds results of another list, or is a file.
     """
 
     def __init__(self, path: Path, tasks: Sequence[Task]) -> None:
+        if path.is_file():
+            raise ValueError(f"{str(path)!r} is a file, and a list of prompts is written into a folder: give another name")
         self.path = path
         self.tasks = tasks
         self.started = time.time()

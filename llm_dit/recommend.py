@@ -31,6 +31,9 @@ def recommend(hardware: Hardware, estimate: PipelineEstimate | None = None) -> R
     reasons = [_hardware_reason(hardware)]
     fast = "fp8-dynamic" if hardware.has_fp8 else "int8"
     methods = {"transformer": fast, "encoder": "none", "vae": "none"}
+    saved = [component.name for component in estimate.components if component.saved] if estimate else []
+    if saved:
+        reasons.append(f"{', '.join(saved)}: saved quantized already, and loaded as saved whatever is asked for")
     if estimate is None:
         reasons.append("give a model to choose the encoder and the vae by what fits")
         return Recommendation(methods, tuple(reasons))

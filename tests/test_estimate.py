@@ -84,6 +84,11 @@ def test_recommendations_compress_only_as_far_as_needed(gib, transformer, encode
     assert (result.methods["transformer"], result.methods["encoder"]) == (transformer, encoder)
 
 
+def test_a_saved_method_is_not_recommended_against(tiny, tmp_path):
+    load_pipeline(tiny("z-image"), quantization="int8").save_pretrained(tmp_path)
+    assert "transformer: saved quantized already" in recommend(card(24), estimate_pipeline(str(tmp_path))).reasons[1]
+
+
 def test_recommendations_know_the_card():
     estimate = estimate_pipeline("klein-4b")
     assert recommend(card(24, (8, 6)), estimate).methods["transformer"] == "int8"

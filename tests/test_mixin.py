@@ -166,6 +166,10 @@ def test_a_subclass_chooses_a_backend_by_a_hook(folder):
         ({"quantization": "int8", "quantization_skip": "proj_out"}, r"write \['proj_out'\]"),
         ({"quantization": "int8", "low_cpu_mem_usage": False}, "cannot be combined with quantization"),
         ({"quantization": "int8", "torch_dtype": "auto"}, r"must be a torch\.dtype"),
+        ({"quantization": "int8", "torch_dtype": torch.float8_e4m3fn}, "say with quantization= what its weights are stored in"),
+        ({"quantization": "int8", "dtype": {"vae": torch.int8}}, "is nothing that a model computes in"),
+        ({"device_map": "auto"}, "device_map='auto', and on this machine diffusers takes 'balanced'"),
+        ({"device_map": {"vae": "cpu"}}, "give one of them"),
         ({"quantization": "int8", "compile_mode": "reduce"}, "did you mean 'reduce-overhead'"),
         ({"quantization": "int8", "activation_scale": "static"}, "give transformer_file"),
         ({"activation_scale": "fixed"}, "unknown activation_scale"),
@@ -211,6 +215,8 @@ def test_another_familys_folder_is_refused(tiny):
 def test_a_device_that_is_not_there(folder):
     with pytest.raises(ValueError, match="no CUDA device: leave device_map out"):
         QuantizableZImagePipeline.from_pretrained(folder, device_map="cuda", quantization="int8")
+    with pytest.raises(ValueError, match="no CUDA device: leave it on the CPU"):
+        QuantizableZImagePipeline.from_pretrained(folder, quantization="int8").to("cuda")
 
 
 def test_a_backend_without_a_method_is_refused(folder):
@@ -270,7 +276,7 @@ def test_device_map(folder, reference):
     pipe = QuantizableZImagePipeline.from_pretrained(folder, dtype=BF16, device_map="cpu", quantization="int8")
     assert pipe.hf_device_map == "cpu"
     assert relative_error(generate(pipe.to("cpu"), "z-image"), reference("z-image")) < 0.05
-    with pytest.raises(ValueError, match="must be a string"):
+    with pytest.raises(ValueError, match="give one of them"):
         QuantizableZImagePipeline.from_pretrained(folder, dtype=BF16, device_map={"": "cpu"}, quantization="int8")
 
 
@@ -299,10 +305,26 @@ def test_a_saved_pipeline_keeps_its_method_against_another_request(folder, tmp_p
     with pytest.warns(UserWarning, match=r"int8, not quantized again, although fp8-dynamic was asked for"):
         again = QuantizableZImagePipeline.from_pretrained(tmp_path, quantization="fp8-dynamic")
     assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
+    with pytest.warns(UserWarning, match=r"int8, not quantized again, although none was asked for"):
+        QuantizableZImagePipeline.from_pretrained(tmp_path, quantization="none")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         again = QuantizableZImagePipeline.from_pretrained(tmp_path, quantization={"transformer": "int8", "encoder": "int8"})
     assert methods(again) == {"text_encoder": "int8", "transformer": "already_quantized", "vae": "none"}
+
+
+@pytest.mark.parametrize("made", [BF16, torch.float16])
+def test_a_saved_pipeline_keeps_its_dtype(made, folder, tmp_path):
+    """int8 weights of bfloat16 overflow float16, and the convolutions of a VAE take no input of another dtype than their bias."""
+    quantization = {"transformer": "int8", "vae": "int8"}
+    pipe = QuantizableZImagePipeline.from_pretrained(folder, torch_dtype=made, quantization=quantization)
+    pipe.save_pretrained(tmp_path)
+    other = torch.float16 if made == BF16 else BF16
+    with pytest.raises(ValueError, match=f"was quantized in {made} when it was saved, .* give torch_dtype={made}"):
+        QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=other)
+    again = QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=made, quantization_skip=["layers.0"])
+    assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
+    assert "matched no layer" not in str(again.quantization_report)
 
 
 def test_the_saved_index_names_the_diffusers_class(folder, tmp_path):
@@ -314,6 +336,8 @@ def test_the_saved_index_names_the_diffusers_class(folder, tmp_path):
 def test_load_pipeline_refuses_what_is_no_pipeline(tmp_path, folder):
     with pytest.raises(ValueError, match=r"holds no model_index\.json"):
         load_pipeline(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no folder .*none"):
+        load_pipeline(tmp_path / "none")
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="no quantizable pipeline for 'FluxPipeline'"):

@@ -89,6 +89,12 @@ def test_of_two_requests_that_begin_at_once_one_is_refused(tiny, prompts, tmp_pa
         second.open_tasks()
 
 
+def test_a_file_in_the_place_of_the_folder(tiny, prompts, tmp_path):
+    (tmp_path / "out.png").touch()
+    with pytest.raises(ValueError, match="is a file, and a list of prompts is written into a folder"):
+        run_prompts(prompts, options(tiny, tmp_path / "out.png"))
+
+
 def test_another_request_is_refused(whole, tiny, prompts):
     for others, what in (({}, "load"), ({"load": {"quantization": "int8"}, "seed": 6}, "seed")):
         with pytest.raises(ValueError, match=f"whose prompt 1 has another {what}: give another folder"):
@@ -165,6 +171,7 @@ def test_a_prompt_that_fails_does_not_stop_the_others(tiny, tmp_path):
         ('a\n{"prompt": "b", "sead": 1}', "line 2: unknown field 'sead': did you mean 'seed'"),
         ('{"prompt": "b", "height": 0}', "line 1: height: Input should be greater than or equal to 1"),
         ('{"prompt": "b", "seed": "x"}', "line 1: seed: Input should be a valid integer"),
+        ('{"promt": "b"}', "unknown field 'promt': did you mean 'prompt'"),
         ('{"prompt": ""}', "line 1: prompt"),
         ('{"seed": 1}', "line 1: prompt: Field required"),
         ("{a", "line 1 starts with a brace and is not JSON"),

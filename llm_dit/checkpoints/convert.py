@@ -140,17 +140,17 @@ def _headers(source: Path) -> list[Header]:
 def _family(source: Any, entries: Mapping[str, TensorEntry], style: Style) -> Any:
     from ..families import get_family
 
+    quantized = [name for name, entry in entries.items() if entry.dtype not in ("BF16", "F16", "F32")]
+    if any(name.endswith(("weight", "qdata", "weight_scale")) for name in quantized):
+        raise ValueError(
+            f"{source} is quantized already ({quantized[0]!r} is {entries[quantized[0]].dtype}): give the bf16 model"
+        )
     kind = recognize(entries)
     if kind is None or not kind.family:
         raise ValueError(f"{source} is no transformer of FLUX.2, LTX-2, Z-Image or Qwen-Image")
     if style.families and kind.family not in style.families:
         raise ValueError(
             f"layout {style.name!r} is for {', '.join(style.families)}, and {source} holds a {kind.title}: use 'comfy'"
-        )
-    quantized = [name for name, entry in entries.items() if entry.dtype not in ("BF16", "F16", "F32")]
-    if any(name.endswith(("weight", "qdata", "weight_scale")) for name in quantized):
-        raise ValueError(
-            f"{source} is quantized already ({quantized[0]!r} is {entries[quantized[0]].dtype}): give the bf16 model"
         )
     return get_family(kind.family)
 

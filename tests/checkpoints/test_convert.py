@@ -128,6 +128,9 @@ def test_what_is_refused(tiny, tmp_path):
         convert(tiny("z-image"), target)
     with pytest.raises(ValueError, match=r"quantized already \(.* is F8_E4M3\): give the bf16 model"):
         convert(target, tmp_path / "again.safetensors")
+    load_pipeline(tiny("z-image"), quantization="int8").save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"quantized already \(.* is I8\): give the bf16 model"):
+        convert(tmp_path / "saved", tmp_path / "again.safetensors")
     write(tmp_path / "other.safetensors", {"a.weight": torch.zeros(4, 4)}, LAYOUTS["bf16"])
     with pytest.raises(ValueError, match=r"is no transformer of FLUX\.2"):
         convert(tmp_path / "other.safetensors", tmp_path / "x.safetensors")

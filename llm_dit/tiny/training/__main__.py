@@ -63,7 +63,7 @@ def train(
         for module in pipe.text_encoder.modules():
             if type(module).__name__.endswith("DecoderLayer"):
                 module.compile()
-    budget = Budget(amounts.minutes, 3e-3, capture)
+    budget = Budget(amounts.minutes, 3e-3, 6e-3, capture)
     train_denoiser(course, pipe, clean, drawn.captions, budget, folder / f"{name}.safetensors", amounts.batch)
     save(course, pipe, output or folder)
 

@@ -77,7 +77,7 @@ class Plan:
 
     def autoencoder_budget(self, rate: float = 1.5e-3, share: float = 1.0) -> Budget:
         """Of a model that takes `share` of the autoencoder's minutes."""
-        return Budget(share * self.amounts.vae_minutes, rate, self.captured)
+        return Budget(share * self.amounts.vae_minutes, rate, captured=self.captured)
 
 
 class Coding(ABC):

@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .course import SHIFT, deviations, initialized, tokenizer
+from .course import SHIFT, deviations, fix_norms, initialized, tokenizer
 from .pictures import PictureCourse
 from .z_image import AUTOENCODER, qwen3_config
 
@@ -46,25 +46,27 @@ class KleinCourse(PictureCourse):
     template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
     def build(self) -> DiffusionPipeline:
+        transformer = initialized(
+            lambda: Flux2Transformer2DModel(
+                in_channels=4 * AUTOENCODER["latent_channels"],
+                num_layers=2,
+                num_single_layers=5,
+                mlp_ratio=2.0,
+                num_attention_heads=4,
+                attention_head_dim=32,
+                axes_dims_rope=(8, 8, 8, 8),
+                joint_attention_dim=64 * len(LAYERS),
+                guidance_embeds=False,
+            ),
+            seed=3,
+        )
+        fix_norms(transformer)
         return Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
             vae=initialized(lambda: AutoencoderKLFlux2(**AUTOENCODER), seed=1),
             text_encoder=initialized(lambda: AutoModelForCausalLM.from_config(qwen3_config(4)), seed=2),
             tokenizer=tokenizer(),
-            transformer=initialized(
-                lambda: Flux2Transformer2DModel(
-                    in_channels=4 * AUTOENCODER["latent_channels"],
-                    num_layers=2,
-                    num_single_layers=5,
-                    mlp_ratio=2.0,
-                    num_attention_heads=4,
-                    attention_head_dim=32,
-                    axes_dims_rope=(8, 8, 8, 8),
-                    joint_attention_dim=64 * len(LAYERS),
-                    guidance_embeds=False,
-                ),
-                seed=3,
-            ),
+            transformer=transformer,
         )
 
     def moments(self, vae: Any, pictures: Tensor) -> Tensor:

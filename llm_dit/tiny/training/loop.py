@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .muon import Muon, block_matrices
+
 _WARM_UP = 200
 """Steps over which the learning rate rises."""
 _DECAY = 0.5
@@ -29,6 +31,7 @@ class Budget:
     Attributes:
         minutes: of training, summed over interruptions; the schedule follows the time.
         rate: the highest learning rate of AdamW.
+        muon: that of Muon, which the matrices of blocks are left to; AdamW has all where it is 0.
         captured: on a GPU, one step is captured in a CUDA graph and replayed: it is a thousand small kernels. The loss must
             then neither wait for the GPU nor copy from the host.
         average: weight of the past in the averaged weights.
@@ -36,6 +39,7 @@ class Budget:
 
     minutes: float
     rate: float
+    muon: float = 0.0
     captured: bool = True
     average: float = 0.999
 
@@ -60,17 +64,24 @@ class Run:
         self.steps, self.seconds = 0, 0.0
         if checkpoint.is_file():
             self._resume()
-        self.rate = torch.tensor(0.0, device=self.device)
+        self.rate, self.muon_rate = torch.tensor(0.0, device=self.device), torch.tensor(0.0, device=self.device)
+        matrices = {id(one) for module in modules for one in block_matrices(module)} if budget.muon else set()
+        chosen = [index for index, parameter in enumerate(self.parameters) if id(parameter) in matrices]
+        self.muon = Muon([self.parameters[index] for index in chosen], [self.first[index] for index in chosen], self.muon_rate)
+        self.adamw = self._adamw([index for index in range(len(self.parameters)) if index not in chosen])
+
+    def _adamw(self, chosen: Sequence[int]) -> torch.optim.AdamW:
+        """For some of the parameters, by their places, in the state that was read."""
         capturable = {"capturable": True} if self.device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True, **capturable
-        )
-        for index, parameter in enumerate(self.parameters):
-            self.optimizer.state[parameter] = {
+        parameters = [self.parameters[index] for index in chosen]
+        adamw = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True, **capturable)
+        for index in chosen:
+            adamw.state[self.parameters[index]] = {
                 "step": torch.tensor(float(self.steps), device=self.device),
                 "exp_avg": self.first[index],
                 "exp_avg_sq": self.second[index],
             }
+        return adamw
 
     def train(self, loss_of: Callable[[], Tensor], title: str) -> None:
         """Calls `loss_of` and follows its gradient until the time is up."""
@@ -80,7 +91,9 @@ class Run:
         started = saved - self.seconds
         with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
             while self.seconds < end:
-                self.rate.fill_(self._scheduled(self.seconds / end))
+                share = self._scheduled(self.seconds / end)
+                self.rate.fill_(self.budget.rate * share)
+                self.muon_rate.fill_(self.budget.muon * share)
                 loss = step()
                 self.steps += 1
                 if self.steps % 50 == 0:
@@ -95,16 +108,19 @@ class Run:
             torch._foreach_copy_(self.parameters, self.averaged)
 
     def _scheduled(self, done: float) -> float:
-        return self.budget.rate * max(0.0, min(1.0, (self.steps + 1) / _WARM_UP, (1 - done) / _DECAY))
+        """Share of the highest rates."""
+        return max(0.0, min(1.0, (self.steps + 1) / _WARM_UP, (1 - done) / _DECAY))
 
     def _step(self, loss_of: Callable[[], Tensor]) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         # Without the cache of cast weights, which would outlive a graph.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        self.optimizer.step()
+        self.adamw.step()
+        self.muon.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, self.parameters, 1 - self.budget.average)
         return loss.detach()
@@ -117,7 +133,8 @@ class Run:
             for _ in range(3):
                 self._step(loss_of)
         torch.cuda.current_stream().wait_stream(side)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss = self._step(loss_of)
@@ -129,17 +146,18 @@ class Run:
         return replay
 
     def _save(self) -> None:
-        tensors = {f"{kind}.{i}": tensor.detach() for kind, each in self._state().items() for i, tensor in enumerate(each)}
+        tensors = {f"{kind}.{i}": tensor.detach() for kind, each in self.kept().items() for i, tensor in enumerate(each)}
         written = self.checkpoint.with_suffix(".partial")
         save_file(tensors, written, {"progress": json.dumps({"steps": self.steps, "seconds": self.seconds})})
         written.replace(self.checkpoint)
 
-    def _state(self) -> dict[str, list[Tensor]]:
+    def kept(self) -> dict[str, list[Tensor]]:
+        """What a checkpoint holds: weights, their average, and the moments of the gradients, the first of which is Muon's too."""
         return {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
 
     def _resume(self) -> None:
         with safe_open(self.checkpoint, "pt") as file, torch.no_grad():
-            for kind, each in self._state().items():
+            for kind, each in self.kept().items():
                 for index, tensor in enumerate(each):
                     tensor.copy_(file.get_tensor(f"{kind}.{index}"))
             progress = json.loads(file.metadata()["progress"])
