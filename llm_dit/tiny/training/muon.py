@@ -1,8 +1,8 @@
 """Muon for the matrices of blocks: all singular values of a step are near 1, so that no direction learns faster than another.
 
-torch.optim.Muon does the same, and tests hold this to it; but it goes matrix by matrix, and its rate is a number: a CUDA graph wants
-few kernels, and a rate that falls while it is replayed. On the tiny FLUX.2-klein, 600 steps of 32 leave the error that AdamW alone
-leaves after 800.
+torch.optim.Muon does the same, and tests hold this to it; but it goes matrix by matrix, and its rate is a number: a CUDA graph
+wants few kernels, and a rate that falls while it is replayed. On the tiny FLUX.2-klein, 600 steps of 32 leave the error that
+AdamW alone leaves after 800.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     def run(minutes):
         model = Small()
         found = Run([model], Budget(minutes, 1e-2, 1e-2), tmp_path / "run.safetensors")
-        before = [tensor.clone() for each in found.kept().values() for tensor in each]
+        before = {kind: [tensor.clone() for tensor in each] for kind, each in found.kept().items()}
         found.train(lambda: (model(data).squeeze(1) - data.sum(dim=1)).square().mean(), "test")
         return found, before
 
@@ -81,6 +81,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     again, before = run(0)
     assert again.steps == first.steps > 0
     assert [len(pairs) for pairs in first.muon.groups.values()] == [2]
-    after = [tensor for each in first.kept().values() for tensor in each]
-    assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
+    after = first.kept()
+    for kind in ("averaged", "first", "second"):  # the weights of now are the averaged ones after a run
+        assert all(torch.equal(one, other) for one, other in zip(after[kind], before[kind], strict=True))
     assert all(tensor.abs().max() > 0 for tensor in first.kept()["first"])
