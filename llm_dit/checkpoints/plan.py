@@ -220,7 +220,7 @@ def _read_scales(plan: Plan) -> None:
 
 def _note(plan: Plan) -> None:
     layout, wanted = plan.layout, plan.wanted
-    plan.notes.append(f"read from {layout.header.path.name}: {layout.title}")
+    plan.notes.append(f"read from {layout.header.path.name} (the file is: {layout.title})")
     quantizes = any(layer.config is not None for layer in plan.layers)
     if plan.dequantized and quantizes and not plan.kept:
         plan.notes.append(f"its fp8 was dequantized and quantized again to {wanted.method.name}, which adds the errors of both")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..loader import names_repository
 from ..quantization.torchao_tensors.staging import staged
 from .loading import adopt_layers, fusing, fusing_notes, loading, require_peft
 
@@ -20,9 +23,13 @@ class QuantizedLoraMixin:
 
         Raises:
             ImportError: without peft.
+            FileNotFoundError: for a path where nothing is.
             ValueError: if no weight of the LoRA belongs to this pipeline, or one is NaN or infinite.
         """
         require_peft()
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path_or_dict")
+        if isinstance(source, str | PathLike) and not Path(source).exists() and not names_repository(str(source)):
+            raise FileNotFoundError(f"there is no LoRA {str(source)!r}: give a file, a folder, or owner/repository on the Hub")
         with loading(self._lora_models(), hotswap=bool(kwargs.get("hotswap"))):
             self._diffusers("load_lora_weights")(*args, **kwargs)
 

@@ -417,3 +417,10 @@ def test_pipelines_without_loras_say_so(tiny):
     pipe = load_pipeline(tiny("ltx2-latent-upsample"), dtype=torch.bfloat16)
     with pytest.raises(AttributeError, match="takes no LoRAs"):
         pipe.load_lora_weights({})
+
+
+def test_a_path_where_nothing_is(tiny, tmp_path):
+    pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16)
+    for path in (tmp_path / "none.safetensors", str(tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match=r"there is no LoRA '.*none.*': give a file"):
+            pipe.load_lora_weights(path)
