@@ -10,6 +10,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
 
 from .names import nearest
+from .quantization import PipelineQuantConfig
 from .request import LoadOptions, LoadRequest
 
 DIFFUSERS_KEYWORDS: Final = (
@@ -45,8 +46,7 @@ DIFFUSERS_KEYWORDS: Final = (
 """Keyword arguments of `DiffusionPipeline.from_pretrained`, which takes them as `**kwargs` and ignores others with a warning."""
 HUB_KEYWORDS: Final[tuple[str, ...]] = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 """Those of them that find files on the Hub."""
-COMPUTE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions))
+OWN_KEYWORDS: Final = tuple(field.name for field in fields(LoadOptions) if field.name not in ("planned", "notes"))
 
 
 def hub_keywords(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +62,11 @@ def refuse_unknown(pipeline: str, kwargs: Mapping[str, Any], expected: tuple[str
         expected: components and other arguments of the pipeline's `__init__`.
     """
     valid = sorted({*OWN_KEYWORDS, *DIFFUSERS_KEYWORDS, *expected})
+    if isinstance(kwargs.get("quantization_config"), str | PipelineQuantConfig):
+        raise ValueError(
+            "quantization_config is diffusers' argument, for its own PipelineQuantizationConfig: give a method or a "
+            "PipelineQuantConfig as quantization="
+        )
     for name in kwargs:
         if name not in valid:
             raise ValueError(f"{pipeline}.from_pretrained has no argument {name!r}: {nearest(name, valid)}")
@@ -111,6 +116,14 @@ def file_device(kwargs: Mapping[str, Any]) -> torch.device:
         ) from error
 
 
+def check_memory_usage(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for `low_cpu_mem_usage=False` beside anything quantized."""
+    if kwargs.get("low_cpu_mem_usage") is False:
+        raise ValueError(
+            "low_cpu_mem_usage=False loads whole bf16 models first and cannot be combined with quantization: leave it out"
+        )
+
+
 def check_request(request: LoadRequest, roles: Mapping[str, str], pipeline: str, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError where a request to quantize contradicts the other arguments or the pipeline.
 
@@ -120,28 +133,7 @@ def check_request(request: LoadRequest, roles: Mapping[str, str], pipeline: str,
     """
     if kwargs.get("quantization_config") is not None:
         raise ValueError("quantization_config is diffusers' way to quantize and quantization* is llm_dit's: give one of the two")
-    if kwargs.get("low_cpu_mem_usage") is False:
-        raise ValueError(
-            "low_cpu_mem_usage=False loads whole bf16 models first and cannot be combined with quantization: leave it out"
-        )
     for asked in request.asked:
         if asked not in roles and asked not in roles.values():
             listed = ", ".join(f"{name} ({role})" for name, role in roles.items())
             raise ValueError(f"{pipeline} has no component for quantization_{asked}: it has {listed}")
-
-
-def load_dtypes(kwargs: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """The dtype of each component from `torch_dtype` or `dtype`; bfloat16 where neither is given."""
-    given = kwargs.get("dtype") if kwargs.get("dtype") is not None else kwargs.get("torch_dtype")
-    if given is None:
-        given = torch.bfloat16
-    dtypes = {"default": torch.bfloat16, **given} if isinstance(given, Mapping) else {"default": given}
-    for dtype in dtypes.values():
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"torch_dtype must be a torch.dtype or a mapping of them with quantization, not {given!r}")
-        if dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"torch_dtype={dtype} is nothing that a model computes in: give torch.bfloat16, and say with quantization= what "
-                "its weights are stored in, e.g. 'fp8-weight-only'"
-            )
-    return dtypes

@@ -206,6 +206,8 @@ def quantize(
     config: Config = None,
 ) -> None:
     """Load a pipeline, quantize it and save it."""
+    import torch
+
     from .load import load_pipeline
 
     if output.exists():
@@ -216,10 +218,14 @@ def quantize(
     if not any(methods) and config is None:
         raise ValueError("quantize needs a method: give --quantization, e.g. int8, one for a component, or a --config")
     load = _load_keywords(*methods, quantization_granularity, None, skip, config)
-    pipe = load_pipeline(model, **load)
+    pipe = load_pipeline(model, torch_dtype=torch.bfloat16, **load)
     quantized_before = [report.name for report in pipe.quantization_report if report.method == "already_quantized"]
     if quantized_before:
         raise ValueError(f"{model} is quantized already ({', '.join(quantized_before)}): give the bf16 model")
+    if all(report.method == "none" for report in pipe.quantization_report):
+        raise ValueError(
+            "quantize has nothing to quantize, for every component's method is 'none': give --quantization, e.g. int8"
+        )
     beside = output.with_name(f"{output.name}.part")
     pipe.save_pretrained(beside)
     beside.rename(output)

@@ -160,6 +160,10 @@ def resolve_file(name: str, hub: Mapping[str, Any]) -> Path:
         FileNotFoundError: if there is neither.
     """
     path = Path(name).expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{name!r} is a folder: give the .safetensors file in it, or its pipeline's folder to load_pipeline"
+        )
     if path.exists():
         return path
     words = name.split("/")

@@ -42,6 +42,11 @@ def _no_pipeline(source: str) -> str:
     """Why nothing was found under that name."""
     from .loader import names_repository
 
+    if Path(source).is_file():
+        return (
+            f"{source!r} is a file, and a pipeline is a folder: give the folder or repository of its pipeline, and the file as "
+            "transformer_file or encoder_file"
+        )
     if Path(source).is_dir():
         return f"{source!r} holds no model_index.json of a diffusers pipeline: give the folder that save_pretrained wrote"
     if names_repository(source):

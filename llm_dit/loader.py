@@ -20,7 +20,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from torchao.utils import TorchAOBaseTensor
 
 from .backends import Backend, ComponentRequest, LoadPlan
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
@@ -29,6 +28,7 @@ from .encoder_parts import load_read_parts
 from .quantization import METHODS, ComponentReport, quantized_by
 from .quantization.component import layer_stats
 from .quantization.filters import named_layers
+from .quantization.methods import weights_method
 from .quantization.probe import probe_finite
 from .quantization.sizes import dense_bytes, model_bytes
 from .quantization.torchao_tensors.fused import fuse_weights
@@ -204,7 +204,8 @@ def component_report(
 ) -> ComponentReport:
     """A report from the stats of `quantize_component`."""
     if stats["method"] == "already_quantized":
-        note, backend = note or f"it came quantized ({stats['quantized_by']}) and was left as it is", None
+        note = note or f"it came quantized ({saved_method(model) or stats['quantized_by']}) and was left as it is"
+        backend = None
     return ComponentReport(
         name=name,
         role=stats["component_type"],
@@ -225,12 +226,18 @@ def component_report(
 
 
 def inspect_component(
-    name: str, role: str | None, model: nn.Module, seconds: float = 0.0, counted: Container[int] = ()
+    name: str,
+    role: str | None,
+    model: nn.Module,
+    seconds: float = 0.0,
+    counted: Container[int] = (),
+    passed: bool = False,
 ) -> ComponentReport:
-    """A report on a component that nobody asked to quantize, as it is now."""
+    """A report on a component that nobody asked to quantize, as it is now; `passed` by the caller or read from the folder."""
     source = quantized_by(model)
     layers = [layer for layer, _ in named_layers(model, role or "transformer")]
     size = model_bytes(model, counted)
+    came = "it was passed as it is" if passed else "loaded as it was saved"
     if source is not None:
         probe_finite(model)
     return ComponentReport(
@@ -239,40 +246,27 @@ def inspect_component(
         class_name=type(model).__name__,
         method="already_quantized" if source else "none",
         total_layers=len(layers),
-        skip_reasons=dict.fromkeys(layers, f"loaded as it was saved ({source})" if source else "not asked for"),
+        skip_reasons=dict.fromkeys(layers, f"{came} ({source})" if source else "not asked for"),
         bytes_before=dense_bytes(model, torch.bfloat16, counted) if source else size,
         bytes_after=size,
         seconds=seconds,
         dtype=_dtype_name(model),
-        note=f"loaded as it was saved: {saved_method(model) or source}, not quantized again" if source else "",
+        note=f"{came}: {saved_method(model) or source}, not quantized again" if source else "",
     )
 
 
 def saved_method(model: nn.Module) -> str | None:
-    """The method that the configuration of a loaded quantized model records, or None."""
+    """The method that the configuration of a loaded quantized model records, or that its weights are of, or None."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is None:
-        return None
+        return weights_method(model)
     if hasattr(config, "saved"):
         return config.saved.get("method")
     kind = type(getattr(config, "quant_type", None))
     for method in METHODS.values():
         if method.make_stock_config and type(method.make_stock_config("per-row")) is kind:
             return method.name
-    return None
-
-
-def check_saved_dtype(name: str, model: nn.Module, dtype: torch.dtype) -> None:
-    """Raises ValueError if the quantized weights of a component from a saved folder compute in another dtype than is asked for.
-
-    Its biases and norms are in `dtype` then, with which some layers fail; int8 made for bfloat16 overflows float16.
-    """
-    made = {weight.dtype for weight in model.parameters() if isinstance(weight, TorchAOBaseTensor)} - {dtype}
-    if made:
-        raise ValueError(
-            f"{name} was quantized in {(saved := made.pop())} when it was saved, and would be loaded in {dtype}: give "
-            f"torch_dtype={saved}, or quantize the unquantized weights in {dtype}"
-        )
+    return weights_method(model)
 
 
 def mark_layerwise(model: Any, cast: bool) -> None:
@@ -283,6 +277,11 @@ def mark_layerwise(model: Any, cast: bool) -> None:
         model.register_to_config(**{f"_{LAYERWISE_KEY}": True})
     elif hasattr(model, "config"):
         setattr(model.config, LAYERWISE_KEY, True)
+
+
+def was_quantized(saved: Mapping[str, Any]) -> bool:
+    """True if a component's config.json says that it was saved quantized."""
+    return saved.get("quantization_config") is not None or was_layerwise(saved)
 
 
 def was_layerwise(saved: Mapping[str, Any]) -> bool:

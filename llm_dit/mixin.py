@@ -15,17 +15,25 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .arguments import check_device, check_request, check_source, file_device, hub_keywords, load_dtypes, refuse_unknown
+from .arguments import (
+    check_device,
+    check_memory_usage,
+    check_request,
+    check_source,
+    file_device,
+    hub_keywords,
+    refuse_unknown,
+)
 from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
 from .decoding import fit_decoding, told_of_decoding
+from .dtypes import check_saved_dtypes, check_vae_dtype, in_dtypes, load_dtypes, saved_dtype
 from .encoding import EncodingMixin
 from .families.base import Family
 from .files import plan_files
 from .loader import (
     PipelineLoader,
-    check_saved_dtype,
     inspect_component,
     models_of,
     passed_without_a_word,
@@ -33,6 +41,7 @@ from .loader import (
     read_json,
     saved_method,
     was_layerwise,
+    was_quantized,
 )
 from .lora.mixin import QuantizedLoraMixin
 from .moving import KEEP_DTYPES, MovingMixin
@@ -159,10 +168,10 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         components, init_keywords = cls._get_signature_keys(cls)
         refuse_unknown(cls.__name__, kwargs, (*components, *init_keywords))
         given = {name for name in components if name in kwargs}
-        request = LoadRequest.resolve(options, cls.family.name, tuple(components), given)
         roles = {name: role for name in components if (role := cls.component_role(name))}
+        request = LoadRequest.resolve(options, cls.family.name, tuple(roles), given)
         if request.quantizes:
-            request = replace(request, dtypes=load_dtypes(kwargs))
+            request = replace(request, dtypes=load_dtypes(kwargs, components))
             check_request(request, roles, diffusers_class(cls).__name__, kwargs)
             without = {name for name, value in kwargs.items() if value is None} | request.files.keys()
             cls._check_components(request, roles, without)
@@ -171,13 +180,10 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         refuse_unfinished(source)
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
-        saved_quantized = any(_is_quantized(loader.saved_config(name)) for name in roles)
-        active = request.quantizes or saved_quantized
+        active = request.quantizes or any(was_quantized(loader.saved_config(name)) for name in roles)
         if active:
-            request = replace(request, dtypes=load_dtypes(kwargs))
-            if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-                kwargs["dtype"] = torch.bfloat16
-                request = replace(request, notes=(*request.notes, "torch_dtype was not given: loaded in bfloat16"))
+            check_memory_usage(kwargs)
+            request = in_dtypes(request, kwargs, components)
         from_files = plan_files(source, hub, request, cls.family, roles, given, partial(cls._wanted, request))
         passed = {name: kwargs[name] for name in given if isinstance(kwargs[name], nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
@@ -194,8 +200,8 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         if user_config is None:
             # diffusers keeps the loader as `pipe.quantization_config`; it has served, and it holds the plans.
             del pipe.quantization_config
-        if active:
-            pipe._check_dtypes()
+        if active and not cls.family.casts_latents:
+            check_vae_dtype(cls.family.title, pipe.components.get("vae"), pipe.components.get("transformer"))
         pipe._compile(request)
         for name, model in models_of(pipe).items():
             if cls.component_role(name) == "vae":
@@ -300,8 +306,8 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             if wanted and part.unread.in_folders and isinstance(entry, list) and entry[0] is not None:
                 place = {"device_map": {"": kwargs["device_map"]}} if kwargs.get("device_map") else {}
                 given = {key: kwargs[key] for key in ("variant", "use_safetensors") if kwargs.get(key) is not None}
-                dtype = load_dtypes(kwargs) if kwargs.get("dtype") is not None else {}
-                kind = {"dtype": dtype.get(name, dtype["default"])} if dtype else {}
+                dtypes = load_dtypes(kwargs, index) if kwargs.get("dtype") is not None else {}
+                kind = {"dtype": dtypes.get(name, dtypes["default"])} if dtypes else {}
                 found[name] = loader.load_read_parts(name, tuple(entry), part.unread, **place, **given, **kind)
         return found
 
@@ -317,6 +323,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         from_files: Mapping[str, ComponentReport],
     ) -> QuantizationReport:
         reports = []
+        saved: dict[str, torch.dtype] = {}
         counted: set[int] = set()
         for name, model in models_of(self).items():
             role = self.component_role(name)
@@ -326,33 +333,27 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             elif name in loader.loads:
                 report = loader.finish(name, role, model, counted)
                 if report.method == "already_quantized":
-                    check_saved_dtype(name, model, request.dtype_of(name))
                     named = bool({name, role} & request.named)
                     report = _compared(report, wanted.method.name if wanted else "none" if named else None, model)
+                    if (dtype := saved_dtype(model)) is not None:
+                        saved[name] = dtype
                 reports.append(report)
             elif name in passed and role and wanted is not None:
                 reports.append(quantize_passed_component(model, self.component_backend(name, role, request), wanted))
             else:
-                reports.append(inspect_component(name, role, model))
+                reports.append(inspect_component(name, role, model, passed=name in passed))
             counted.update(map(id, model_tensors(model)))
+        check_saved_dtypes(saved, request)
         notes = list(request.notes)
         if request.quantizes and not loader.loads and not passed and not from_files:
             raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")
         unused = [p for p in request.skip if not any(f"skip pattern {p!r}" in r.skip_reasons.values() for r in reports)]
         if unused and any(report.quantized_layers for report in reports):
             notes.append(f"skip patterns that matched no layer: {', '.join(unused)}")
+        elif unused and saved:
+            notes.append(f"quantization_skip changes nothing of what was saved quantized: {', '.join(saved)}")
         notes += [note for report in reports if (note := _speed_note(report))]
         return QuantizationReport(tuple(reports), detect_hardware().name, tuple(notes))
-
-    def _check_dtypes(self) -> None:
-        models = models_of(self)
-        vae, transformer = models.get("vae"), models.get("transformer")
-        if self.family.casts_latents or vae is None or transformer is None or vae.dtype == transformer.dtype:
-            return
-        raise ValueError(
-            f"the VAE is {vae.dtype} and the transformer {transformer.dtype}, and {self.family.title} hands latents to its VAE "
-            "as they are: load both in one dtype"
-        )
 
     def _compile(self, request: LoadRequest) -> None:
         if not request.compile:
@@ -369,10 +370,6 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
 def diffusers_class(cls: type) -> type:
     """The diffusers pipeline class that a `Quantizable*` class extends."""
     return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
-
-
-def _is_quantized(saved: Mapping[str, Any]) -> bool:
-    return saved.get("quantization_config") is not None or was_layerwise(saved)
 
 
 def _speed_note(report: ComponentReport) -> str:

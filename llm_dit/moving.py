@@ -49,6 +49,9 @@ class MovingMixin(DiffusionPipeline):
         if KEEP_DTYPES.get():
             return self
         dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+        if dtype is not None and {getattr(model, "dtype", dtype) for model in models_of(self).values()} == {dtype}:
+            args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))  # as they are, and `to(device, dtype)` is usual
+            kwargs, dtype = {name: value for name, value in kwargs.items() if name != "dtype"}, None
         if dtype is not None:
             quantized = [report.name for report in self.quantization_report if report.method != "none"]
             if quantized:
@@ -59,13 +62,13 @@ class MovingMixin(DiffusionPipeline):
         device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
         target = torch.device(device) if device is not None else None
         if target is not None and target.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError(f"{type(self).__name__}.to({str(target)!r}), and there is no CUDA device: leave it on the CPU")
             if self._turns is not None:
                 logger.warning(
                     "%s was planned to take turns on %s and is not moved there as a whole", type(self).__name__, target
                 )
                 return self.to(dtype=dtype) if dtype is not None else self
+            if not torch.cuda.is_available():
+                raise ValueError(f"{type(self).__name__}.to({str(target)!r}), and there is no CUDA device: leave it on the CPU")
             if not self._is_pipeline_device_mapped():
                 _upload(models_of(self).values(), target)
         with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode

@@ -28,12 +28,18 @@ def recommend(hardware: Hardware, estimate: PipelineEstimate | None = None) -> R
     Compression goes up only as far as needed: the transformer in the card's fastest 8-bit method first, then the
     encoder in int8, then the transformer and at last the encoder in int4.
     """
+    found = _recommended(hardware, estimate)
+    saved = {component.name: component.role for component in estimate.components if component.saved} if estimate else {}
+    if not saved:
+        return found
+    reason = f"{', '.join(saved)}: saved quantized, and loaded as saved: none is to be asked for"
+    return Recommendation({**found.methods, **dict.fromkeys(saved.values(), "none")}, (reason, *found.reasons))
+
+
+def _recommended(hardware: Hardware, estimate: PipelineEstimate | None) -> Recommendation:
     reasons = [_hardware_reason(hardware)]
     fast = "fp8-dynamic" if hardware.has_fp8 else "int8"
     methods = {"transformer": fast, "encoder": "none", "vae": "none"}
-    saved = [component.name for component in estimate.components if component.saved] if estimate else []
-    if saved:
-        reasons.append(f"{', '.join(saved)}: saved quantized already, and loaded as saved whatever is asked for")
     if estimate is None:
         reasons.append("give a model to choose the encoder and the vae by what fits")
         return Recommendation(methods, tuple(reasons))

@@ -110,13 +110,21 @@ class LoadRequest:
         backends = _backends(options.quantization_backend, base.backend, components, bool(files))
         _check_files(options, files, backends)
         granularity = options.quantization_granularity or base.granularity
-        if options.quantization_backend is not None and not files and all(method == "none" for method in methods.values()):
+        idle = not files and all(method == "none" for method in methods.values())
+        if options.quantization_backend is not None and idle:
+            if "checkpoint" in backends.values():
+                raise ValueError(
+                    f"quantization_backend={options.quantization_backend!r} reads a file: give transformer_file or encoder_file "
+                    "instead"
+                )
             raise ValueError(
                 f"quantization_backend={options.quantization_backend!r} has nothing to quantize: give a method as well, e.g. "
                 "quantization='fp8-weight-only'"
             )
         if options.quantization_granularity and not any(get_method(method).fp8 for method in methods.values()):
             notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
+        if options.quantization_skip and idle:
+            notes = (*notes, "quantization_skip was given, and no method that it would keep from a layer")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compiled = section.compile if options.compile is None else options.compile
         compile_mode = options.compile_mode or section.compile_mode
@@ -170,6 +178,8 @@ class LoadRequest:
 def _configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, PipelineSection]:
     if config is None:
         return None, RuntimeConfig().section(family)
+    if not isinstance(config, str | PathLike | RuntimeConfig):
+        raise ValueError(f"config must be the path of a config.toml or a RuntimeConfig, not {config!r}")
     if not isinstance(config, RuntimeConfig):
         config = RuntimeConfig.from_toml(config)
     return config.get_pipeline_quant_config(family), config.section(family)

@@ -81,7 +81,7 @@ def test_a_config_file_and_options_over_it(tiny, tmp_path):
     ("arguments", "message"),
     [
         (["generate", "a cat"], "which model? give --model"),
-        (["generate", "a cat", "--model", "no/such/folder"], "holds no model_index.json"),
+        (["generate", "a cat", "--model", "no/such/folder"], "there is no folder 'no/such/folder'"),
         (["generate", "a cat", "--model", "TINY", "--quantization", "int9"], "did you mean 'int8'"),
         (["generate", "a cat", "--model", "TINY", "-o", "out.jpg"], "must end in .png"),
         (["generate", "a cat", "--model", "TINY", "-o", "no/such/out.png"], "no folder"),
@@ -98,6 +98,8 @@ def test_a_config_file_and_options_over_it(tiny, tmp_path):
         (["bogus"], "bogus"),
         (["quantize", "TINY", "TINY"], "exists already"),
         (["quantize", "TINY", "unwritten"], "quantize needs a method"),
+        (["quantize", "TINY", "unwritten", "--quantization", "none"], "quantize has nothing to quantize"),
+        (["convert", "TINY", "-o", "fp8.bin"], "must end in .safetensors"),
         (["estimate", "z-image-turb"], "did you mean 'z-image-turbo'"),
         (["estimate", "./no"], "there is no folder './no'"),
         (["plan", "no/such/folder", "--vram", "8GB"], "there is no folder"),

@@ -168,6 +168,12 @@ def test_a_subclass_chooses_a_backend_by_a_hook(folder):
         ({"quantization": "int8", "torch_dtype": "auto"}, r"must be a torch\.dtype"),
         ({"quantization": "int8", "torch_dtype": torch.float8_e4m3fn}, "say with quantization= what its weights are stored in"),
         ({"quantization": "int8", "dtype": {"vae": torch.int8}}, "is nothing that a model computes in"),
+        ({"quantization": "int8", "dtype": {"default": BF16, "vea": BF16}}, "names 'vea', .* did you mean 'vae'"),
+        ({"quantization": {"scheduler": "int8"}}, "unknown key in quantization 'scheduler'"),
+        ({"quantization_config": "int8"}, "give a method or a PipelineQuantConfig as quantization="),
+        ({"quantization_backend": {"transformer": "checkpoint"}}, "give transformer_file"),
+        ({"config": {"transformer": "int8"}}, "must be the path of a config.toml or a RuntimeConfig"),
+        ({"notes": ("a",)}, "has no argument 'notes'"),
         ({"device_map": "auto"}, "device_map='auto', and on this machine diffusers takes 'balanced'"),
         ({"device_map": {"vae": "cpu"}}, "give one of them"),
         ({"quantization": "int8", "compile_mode": "reduce"}, "did you mean 'reduce-overhead'"),
@@ -220,8 +226,8 @@ def test_a_device_that_is_not_there(folder):
 
 
 def test_a_backend_without_a_method_is_refused(folder):
-    for backend in ("layerwise", "checkpoint"):
-        with pytest.raises(ValueError, match="has nothing to quantize: give a method"):
+    for backend, error in (("layerwise", "has nothing to quantize: give a method"), ("checkpoint", "give transformer_file")):
+        with pytest.raises(ValueError, match=error):
             QuantizableZImagePipeline.from_pretrained(folder, quantization_backend=backend)
 
 
@@ -322,9 +328,44 @@ def test_a_saved_pipeline_keeps_its_dtype(made, folder, tmp_path):
     other = torch.float16 if made == BF16 else BF16
     with pytest.raises(ValueError, match=f"was quantized in {made} when it was saved, .* give torch_dtype={made}"):
         QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=other)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage=False"):
+        QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=made, low_cpu_mem_usage=False)
     again = QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=made, quantization_skip=["layers.0"])
     assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
-    assert "matched no layer" not in str(again.quantization_report)
+    assert "quantization_skip changes nothing of what was saved quantized" in str(again.quantization_report)
+
+
+def test_a_saved_pipeline_of_two_dtypes(folder, tmp_path):
+    dtypes = {"default": BF16, "vae": torch.float32}
+    quantization = {"transformer": "int8", "vae": "int8"}
+    pipe = QuantizableZImagePipeline.from_pretrained(folder, dtype=dtypes, quantization=quantization)
+    pipe.save_pretrained(tmp_path)
+    advice = r"give torch_dtype=\{'default': torch\.bfloat16, 'vae': torch\.float32\}"
+    for given in ({}, {"torch_dtype": torch.float32}):
+        with pytest.raises(ValueError, match=advice):
+            QuantizableZImagePipeline.from_pretrained(tmp_path, **given)
+    again = QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype={"vae": torch.float32})
+    assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
+
+
+def test_a_mapping_of_dtypes_has_bfloat16_for_the_rest(folder):
+    pipe = QuantizableZImagePipeline.from_pretrained(folder, dtype={"vae": torch.float32}, quantization="int8")
+    assert [getattr(pipe, name).dtype for name in ("text_encoder", "transformer", "vae")] == [BF16, BF16, torch.float32]
+    assert "what it does not name is loaded in bfloat16" in str(pipe.quantization_report)
+
+
+def test_auto_leaves_a_saved_method(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    QuantizableZImagePipeline.from_pretrained(folder, quantization="int4").save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe = QuantizableZImagePipeline.from_pretrained(tmp_path, quantization="auto")
+    assert "left the transformer as it was saved" in str(pipe.quantization_report)
+
+
+def test_casting_to_what_it_is_in_is_nothing(folder):
+    pipe = QuantizableZImagePipeline.from_pretrained(folder, quantization="int8")
+    assert pipe.to("cpu", BF16) is pipe
 
 
 def test_the_saved_index_names_the_diffusers_class(folder, tmp_path):
@@ -338,6 +379,9 @@ def test_load_pipeline_refuses_what_is_no_pipeline(tmp_path, folder):
         load_pipeline(tmp_path)
     with pytest.raises(ValueError, match=r"there is no folder .*none"):
         load_pipeline(tmp_path / "none")
+    (tmp_path / "fp8.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is a file, .* as transformer_file"):
+        load_pipeline(tmp_path / "fp8.safetensors")
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="no quantizable pipeline for 'FluxPipeline'"):
@@ -394,7 +438,7 @@ def test_a_passed_component_is_quantized_in_place(folder, tmp_path, reference):
 
 def test_a_passed_component_that_came_quantized_is_left_and_said(folder):
     donor = QuantizableZImagePipeline.from_pretrained(folder, quantization="int8")
-    with pytest.warns(UserWarning, match=r"transformer: it came quantized \(torchao\)"):
+    with pytest.warns(UserWarning, match=r"transformer: it came quantized \(int8\)"):
         pipe = QuantizableZImagePipeline.from_pretrained(folder, transformer=donor.transformer, quantization="fp8-dynamic")
     assert methods(pipe)["transformer"] == "already_quantized"
     assert isinstance(pipe.transformer.layers[0].feed_forward.w1.weight, Int8Tensor)

@@ -102,6 +102,8 @@ def convert(source: str | Path, output: str | Path, layout: str = "comfy") -> Co
     """
     style = STYLES[check_name(layout, tuple(STYLES), "layout")]
     target = Path(output)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{str(target)!r} must end in .safetensors, which is what is written")
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists already: give a file that does not")
     if not target.absolute().parent.is_dir():

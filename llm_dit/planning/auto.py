@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..arguments import hub_keywords
+from ..loader import read_json, was_quantized
 from ..names import COMPONENT_TYPES
 from ..quantization import get_method, get_recommended_method
 from ..request import LoadOptions
@@ -32,8 +33,7 @@ def load_auto(cls: type[QuantizablePipelineMixin], source: str, options: LoadOpt
     card, given = card_at_hand(), options.vram_budget
     replaced = options.transformer_file or options.encoder_file or any(isinstance(v, torch.nn.Module) for v in kwargs.values())
     if given is None and (card is None or replaced):
-        method = get_recommended_method()
-        return cls._load(source, replace(options, quantization=method, notes=(_by_hardware(method),)), kwargs)
+        return cls._load(source, _by_hardware(source, options, kwargs), kwargs)
     if replaced:
         raise ValueError(
             "vram_budget plans a pipeline from its own folder, and a file or a passed component takes a part of it: leave one of "
@@ -53,8 +53,13 @@ def plan_for(source: str, budget: int) -> Plan:
     return make_plan(source, budget, card_at_hand() or CPU)
 
 
-def _by_hardware(method: str) -> str:
-    return f"quantization='auto' chose {method} for the transformer, by the hardware: there is no budget to plan for"
+def _by_hardware(source: str, options: LoadOptions, kwargs: dict[str, Any]) -> LoadOptions:
+    """The options with the method for the hardware; a transformer that was saved quantized stays what it is."""
+    if not options.transformer_file and was_quantized(read_json(source, "transformer/config.json", hub_keywords(kwargs))):
+        return replace(options, quantization=None, notes=("quantization='auto' left the transformer as it was saved",))
+    method = get_recommended_method()
+    note = f"quantization='auto' chose {method} for the transformer, by the hardware: there is no budget to plan for"
+    return replace(options, quantization=method, notes=(note,))
 
 
 def _fixed(options: LoadOptions) -> dict[str, str]:

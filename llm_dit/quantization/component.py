@@ -49,6 +49,7 @@ def quantize_component(
         "already_quantized" and "quantized_by" says by what.
 
     Raises:
+        TypeError: for what is no `nn.Module`.
         ValueError: for wrong names, a method the hardware lacks, weights with NaN, or when no layer could be quantized.
 
     Example:
@@ -57,6 +58,8 @@ def quantize_component(
         >>> stats["quantized_layers"], stats["skip_reasons"]
         (1, {'2': '512 x 10 is not divisible by 16, which fp8-weight-only needs'})
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_component takes a model, such as pipe.transformer, and not a {type(model).__name__}")
     row = get_method(method)
     check_name(component_type, COMPONENT_TYPES, "component_type")
     check_name(granularity, GRANULARITIES, "granularity")

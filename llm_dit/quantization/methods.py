@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
+    Float8Tensor,
     Float8WeightOnlyConfig,
+    Int8Tensor,
     Int8WeightOnlyConfig,
     PerRow,
     PerTensor,
@@ -23,8 +26,9 @@ from torchao.quantization import (
 from ..names import nearest
 from .torchao_tensors.float8 import Float8StreamConfig
 from .torchao_tensors.fused import ZERO_ROW_BOUND
-from .torchao_tensors.int4 import GROUP_SIZE, SMALLEST_GROUP, Int4GroupConfig
+from .torchao_tensors.int4 import GROUP_SIZE, SMALLEST_GROUP, Int4GroupConfig, Int4GroupTensor
 from .torchao_tensors.int8 import Int8StreamConfig
+from .torchao_tensors.int8_conv import Int8ConvTensor
 
 _TORCHAO_GRANULARITY: Final = {"per-row": PerRow, "per-tensor": PerTensor}
 
@@ -41,6 +45,7 @@ class Method:
             is.
         make_stock_config: from a granularity, the stock torchao configuration that a saved folder records, or None
             where torchao has no stock tensor for the layout.
+        holds: whether a quantized weight is one of this method's.
         fp8: True where the weights are float8, which wants compute capability 8.9 on CUDA.
         quantizes_activations: True where activations are quantized as well, and multiplied so.
         dims_multiple_of: both dimensions of a Linear must be divisible by this.
@@ -53,6 +58,7 @@ class Method:
     bytes_per_weight: float
     make_config: Callable[[str], AOBaseConfig] | None = None
     make_stock_config: Callable[[str], AOBaseConfig] | None = None
+    holds: Callable[[Tensor], bool] = lambda weight: False
     fp8: bool = False
     quantizes_activations: bool = False
     dims_multiple_of: int = 1
@@ -76,6 +82,7 @@ _ROWS: Final = (
             activation_value_lb=ZERO_ROW_BOUND,
             set_inductor_config=False,
         ),
+        holds=lambda weight: isinstance(weight, Float8Tensor) and weight.act_quant_kwargs is not None,
         fp8=True,
         quantizes_activations=True,
         dims_multiple_of=16,
@@ -89,6 +96,7 @@ _ROWS: Final = (
         make_stock_config=lambda granularity: Float8WeightOnlyConfig(
             granularity=_TORCHAO_GRANULARITY[granularity](), set_inductor_config=False
         ),
+        holds=lambda weight: isinstance(weight, Float8Tensor) and weight.act_quant_kwargs is None,
         fp8=True,
         dims_multiple_of=16,
     ),
@@ -98,12 +106,14 @@ _ROWS: Final = (
         1,
         make_config=lambda granularity: Int8StreamConfig(),
         make_stock_config=lambda granularity: Int8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
+        holds=lambda weight: isinstance(weight, Int8Tensor | Int8ConvTensor),
     ),
     Method(
         "int4",
         f"int4 weights in asymmetric groups of {GROUP_SIZE} at most, 16-bit compute, most compression",
         0.5,
         make_config=lambda granularity: Int4GroupConfig(),
+        holds=lambda weight: isinstance(weight, Int4GroupTensor),
         in_features_multiple_of=SMALLEST_GROUP,
     ),
 )
@@ -117,6 +127,12 @@ REMOVED_METHODS: Final[Mapping[str, str]] = {
     "diffsynth-fp8": "fp8-dynamic",
     "fp8-filtered": "fp8-weight-only",
 }
+
+
+def weights_method(model: nn.Module) -> str | None:
+    """The method of the first quantized weight of `model`, or None where there is none of a method's."""
+    found = (method.name for weight in model.parameters() for method in _ROWS if method.holds(weight))
+    return next(found, None)
 
 
 def get_method(name: str, where: str = "quantization method") -> Method:

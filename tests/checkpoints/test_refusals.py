@@ -524,7 +524,7 @@ def test_a_git_lfs_pointer_is_garbage(tmp_path, refuses):
 def test_a_file_that_is_not_there(tmp_path, refuses):
     refuses(tmp_path / "none.safetensors", "there is no file", error=FileNotFoundError)
     refuses("./none.safetensors", "there is no file", error=FileNotFoundError)
-    refuses(tmp_path, "there is no file", error=FileNotFoundError)
+    refuses(tmp_path, "is a folder: give the .safetensors file in it", error=FileNotFoundError)
 
 
 def test_a_file_without_tensors(tmp_path, refuses):

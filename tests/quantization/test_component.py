@@ -18,6 +18,7 @@ from llm_dit.quantization import (
     quantize_component,
     quantize_vae,
 )
+from llm_dit.quantization.methods import weights_method
 
 QUANTIZING = [method for method in VALID_METHODS if method != "none"]
 
@@ -150,6 +151,19 @@ def test_raw_fp8_is_left_whole(dtype):
     assert stats["method"] == "already_quantized"
     assert stats["quantized_layers"] == 0
     assert stats["quantized_by"] == "raw float8"
+
+
+def test_a_pipeline_is_no_component():
+    with pytest.raises(TypeError, match=r"takes a model, such as pipe\.transformer, and not a dict"):
+        quantize_component({}, "int8", "transformer")
+
+
+@pytest.mark.parametrize("method", QUANTIZING)
+def test_weights_say_what_they_were_quantized_to(method):
+    assert weights_method(Model()) is None
+    assert weights_method(quantize_component(Model(), method, "transformer")[0]) == method
+    if method == "int8":
+        assert weights_method(quantize_vae(nn.Sequential(nn.Conv2d(32, 32, 3)))) == "int8"
 
 
 @pytest.mark.parametrize("method", QUANTIZING)
