@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints.header import Header, read_header
-from .checkpoints.layout import Layout, read_layout
+from .checkpoints.layout import FORMAT_TENSOR, Layout, read_layout
 from .checkpoints.recognize import Kind, recognize
 
 _EMBEDDING = "embed_tokens.weight"
@@ -61,7 +61,7 @@ def describe_file(header: Header) -> dict[str, Any]:
         "scales_per_row": sum(count > 1 for count in scales),
         "input_scales": sum(weight.input_scale is not None for weight in layout.fp8.values()),
         "other_components": _other_components(layout),
-        "ignored": list(layout.ignored),
+        "ignored": [key for key in layout.ignored if not key.endswith(FORMAT_TENSOR)],
     }
     return {**described, "loading": _loading(kind, kept, dequantized, layout)}
 
