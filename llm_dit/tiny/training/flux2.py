@@ -30,14 +30,14 @@ LAYERS = (1, 2, 3)
 
 class KleinCourse(PictureCourse):
     """Width 128, and MLPs of 256, which leaves bytes for seven blocks: with five, and MLPs of 384, 95 % of the captions were
-    followed, and half of the misses were a thing drawn twice.
+    followed, and half of the misses were a thing drawn twice. In 40 steps 97.0 % of 600 captions are followed, in 20 96.3 %.
     """
 
     name = "flux2-klein"
     call = {
         "height": 128,
         "width": 128,
-        "num_inference_steps": 20,
+        "num_inference_steps": 40,
         "guidance_scale": 2.0,
         "max_sequence_length": 32,
         "text_encoder_out_layers": LAYERS,
