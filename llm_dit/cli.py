@@ -209,6 +209,7 @@ def quantize(
     import torch
 
     from .load import load_pipeline
+    from .loader import quantized_in
 
     if output.exists():
         raise ValueError(f"{str(output)!r} exists already: give a folder that does not")
@@ -217,11 +218,10 @@ def quantize(
     methods = (quantization, quantization_transformer, quantization_encoder, quantization_vae)
     if not any(methods) and config is None:
         raise ValueError("quantize needs a method: give --quantization, e.g. int8, one for a component, or a --config")
+    if before := quantized_in(model):
+        raise ValueError(f"{model} is quantized already ({', '.join(before)}): give the bf16 model")
     load = _load_keywords(*methods, quantization_granularity, None, skip, config)
     pipe = load_pipeline(model, torch_dtype=torch.bfloat16, **load)
-    quantized_before = [report.name for report in pipe.quantization_report if report.method == "already_quantized"]
-    if quantized_before:
-        raise ValueError(f"{model} is quantized already ({', '.join(quantized_before)}): give the bf16 model")
     if all(report.method == "none" for report in pipe.quantization_report):
         raise ValueError(
             "quantize has nothing to quantize, for every component's method is 'none': give --quantization, e.g. int8"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
+from .checkpoints.header import read_header
 from .names import nearest
 from .request import LoadRequest
 
 COMPUTE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SAVED: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_OURS: Final = ("torchao", "llm_dit")
+""" `quant_method` in config.json."""
 
 
 def load_dtypes(kwargs: Mapping[str, Any], components: Iterable[str]) -> dict[str, torch.dtype]:
@@ -40,17 +45,60 @@ def load_dtypes(kwargs: Mapping[str, Any], components: Iterable[str]) -> dict[st
     return dtypes
 
 
-def in_dtypes(request: LoadRequest, kwargs: dict[str, Any], components: Iterable[str]) -> LoadRequest:
-    """The request with the dtype of every component, which `kwargs` then gives diffusers too: its default is float32."""
-    given, dtypes = _given(kwargs), load_dtypes(kwargs, components)
-    kwargs.pop("torch_dtype", None)
-    kwargs["dtype"] = dtypes if isinstance(given, Mapping) else dtypes["default"]
-    notes = request.notes
-    if given is None:
+def in_dtypes(
+    request: LoadRequest, kwargs: dict[str, Any], components: Iterable[str], saved: Mapping[str, torch.dtype]
+) -> LoadRequest:
+    """The request with the dtype of every component, which `kwargs` then gives diffusers too, whose default is float32.
+
+    Args:
+        saved: by component, what it was saved quantized in, where that is known; it is the default then.
+
+    Raises:
+        ValueError: as `load_dtypes` and `check_saved_dtypes`.
+    """
+    given, dtypes, notes = _given(kwargs), load_dtypes(kwargs, components), request.notes
+    if given is None and saved:
+        dtypes = _as_saved(saved)
+        notes = (*notes, f"torch_dtype was not given: loaded in {_listed(dtypes)}, as it was saved")
+    elif given is None:
         notes = (*notes, "torch_dtype was not given: loaded in bfloat16")
     elif isinstance(given, Mapping) and "default" not in given:
         notes = (*notes, "torch_dtype names no 'default': what it does not name is loaded in bfloat16")
-    return replace(request, dtypes=dtypes, notes=notes)
+    kwargs.pop("torch_dtype", None)
+    kwargs["dtype"] = dtypes if len(dtypes) > 1 else dtypes["default"]
+    request = replace(request, dtypes=dtypes, notes=notes)
+    check_saved_dtypes(saved, request)
+    return request
+
+
+def _as_saved(saved: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    default = saved.get("transformer", next(iter(saved.values())))
+    return {"default": default, **{name: dtype for name, dtype in saved.items() if dtype != default}}
+
+
+def _listed(dtypes: Mapping[str, torch.dtype]) -> str:
+    words = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+    return ", ".join([words.pop("default"), *(f"{name} {word}" for name, word in words.items())])
+
+
+def read_saved_dtypes(source: str, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.dtype]:
+    """What components of a folder compute in that were saved quantized by torchao's quantizer or ours, from their files' headers.
+
+    Nothing is known of a repository's before it is downloaded.
+
+    Args:
+        configs: by component, its config.json.
+    """
+    ours = [name for name, config in configs.items() if (config.get("quantization_config") or {}).get("quant_method") in _OURS]
+    found = {name: _plain_dtype(Path(source) / name) for name in ours}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def _plain_dtype(folder: Path) -> torch.dtype | None:
+    """Of what is not quantized: scales may be float32 beside it."""
+    entries = [entry for file in sorted(folder.glob("*.safetensors")) for entry in read_header(file).tensors.items()]
+    dtypes = {entry.dtype for name, entry in entries if not name.endswith("scale")}
+    return next((dtype for name, dtype in _SAVED.items() if name in dtypes), None)
 
 
 def saved_dtype(model: nn.Module) -> torch.dtype | None:
@@ -69,9 +117,8 @@ def check_saved_dtypes(saved: Mapping[str, torch.dtype], request: LoadRequest) -
     wrong = next((name for name, dtype in saved.items() if dtype != request.dtype_of(name)), None)
     if wrong is None:
         return
-    default = saved.get("transformer", saved[wrong])
-    others = {name: dtype for name, dtype in saved.items() if dtype != default}
-    advice = {"default": default, **others} if others else default
+    dtypes = _as_saved(saved)
+    advice = dtypes if len(dtypes) > 1 else dtypes["default"]
     raise ValueError(
         f"{wrong} was quantized in {saved[wrong]} when it was saved, and would be loaded in {request.dtype_of(wrong)}: give "
         f"torch_dtype={advice}, or quantize the unquantized weights in {request.dtype_of(wrong)}"

@@ -19,7 +19,7 @@ from .checkpoints.header import read_header
 from .families import get_family, pipeline_classes, published_models
 from .families.base import Family, Published
 from .load import pipeline_class_of
-from .loader import names_repository, read_json
+from .loader import names_repository, read_json, was_quantized
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import first_line, nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
@@ -195,7 +195,7 @@ def _published_makers(model: Published) -> dict[str, Maker]:
 def _from_config(path: Path, library: str, class_name: str, dtype: torch.dtype) -> tuple[nn.Module, int]:
     """A component on meta from its saved configuration, and the bytes of its files if it was saved quantized."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    saved = _file_bytes(path) if config.get("quantization_config") else 0
+    saved = _file_bytes(path) if was_quantized(config) else 0
     with torch.device("meta"):
         return build_empty(component_class(library, class_name), config, str(path.parent), path.name, dtype, {}), saved
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from .load import load_pipeline, pipeline_class_of
-from .loader import read_json
+from .loader import quantized_in, read_json
 from .mixin import QuantizablePipelineMixin
 from .names import CALL_FILE, CONTEXT_PARALLEL, check_name, nearest
 from .parallel import process_group, rank
@@ -109,7 +109,8 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     if planned and options.offload != "none":
         raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
     on_device = options.offload == "none" and device != "cpu" and not planned
-    keywords = {"torch_dtype": torch.bfloat16, **options.load}
+    dtype = {} if quantized_in(options.model) else {"torch_dtype": torch.bfloat16}  # what was saved quantized has its own
+    keywords = {**dtype, **options.load}
     pipe = load_pipeline(options.model, **({"device_map": device} if on_device else {}), **keywords)
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=_numbered(device))

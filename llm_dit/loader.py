@@ -284,6 +284,13 @@ def was_quantized(saved: Mapping[str, Any]) -> bool:
     return saved.get("quantization_config") is not None or was_layerwise(saved)
 
 
+def quantized_in(source: str, **hub: Any) -> tuple[str, ...]:
+    """The components of a folder or repository that were saved quantized."""
+    index = read_json(source, "model_index.json", hub)
+    models = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    return tuple(name for name in models if was_quantized(read_json(source, f"{name}/config.json", hub)))
+
+
 def was_layerwise(saved: Mapping[str, Any]) -> bool:
     """True if a component's config.json says that it was saved with layerwise casting."""
     return bool(saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}"))

@@ -28,7 +28,7 @@ from .backends import BACKENDS, Backend, ComponentRequest
 from .compiling import compile_component
 from .config import RuntimeConfig
 from .decoding import fit_decoding, told_of_decoding
-from .dtypes import check_saved_dtypes, check_vae_dtype, in_dtypes, load_dtypes, saved_dtype
+from .dtypes import check_saved_dtypes, check_vae_dtype, in_dtypes, load_dtypes, read_saved_dtypes, saved_dtype
 from .encoding import EncodingMixin
 from .families.base import Family
 from .files import plan_files
@@ -45,9 +45,9 @@ from .loader import (
 )
 from .lora.mixin import QuantizedLoraMixin
 from .moving import KEEP_DTYPES, MovingMixin
+from .notes import compared, skip_notes, speed_notes
 from .parallel import ParallelMixin
 from .quantization import (
-    METHODS,
     ComponentReport,
     QuantizationReport,
     detect_hardware,
@@ -56,7 +56,6 @@ from .quantization import (
     quantized_by,
 )
 from .quantization.sizes import model_tensors
-from .quantization.speed_note import speed_note
 from .quantization.torchao_tensors.staging import staged
 from .request import LoadOptions, LoadRequest, Quantization
 from .saving import SavingMixin, refuse_unfinished
@@ -180,10 +179,11 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         refuse_unfinished(source)
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
-        active = request.quantizes or any(was_quantized(loader.saved_config(name)) for name in roles)
+        configs = {name: loader.saved_config(name) for name in roles if name not in given and name not in request.files}
+        active = request.quantizes or any(map(was_quantized, configs.values()))
         if active:
             check_memory_usage(kwargs)
-            request = in_dtypes(request, kwargs, components)
+            request = in_dtypes(request, kwargs, components, read_saved_dtypes(source, configs))
         from_files = plan_files(source, hub, request, cls.family, roles, given, partial(cls._wanted, request))
         passed = {name: kwargs[name] for name in given if isinstance(kwargs[name], nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
@@ -286,7 +286,10 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         if role is None or saved.get("quantization_config") is not None:
             return None
         wanted = cls.component_request(name, role, request)
-        if was_layerwise(saved) and (wanted is None or wanted.method.name == "fp8-weight-only"):
+        if was_layerwise(saved):
+            if wanted is not None and wanted.method.name != "fp8-weight-only":
+                said = f"{name}: cast layerwise as it was saved, although {wanted.method.name} was asked for"
+                warnings.warn(f"{said}: load the bf16 weights to change the method", stacklevel=6)
             cast = ComponentRequest(name, role, get_method("fp8-weight-only"), dtype=request.dtype_of(name))
             return BACKENDS["layerwise"], cast
         return (cls.component_backend(name, role, request), wanted) if wanted is not None else None
@@ -298,6 +301,10 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         """The text encoders of which a part is left in the folder, loaded before diffusers loads the rest."""
         if request.encoder_layers != "read":
             return {}
+        if kwargs.get("device_map") == "balanced":
+            raise ValueError(
+                "encoder_layers='read' loads the text encoder to one device, and device_map is 'balanced': leave one out"
+            )
         index = read_json(loader.source, "model_index.json", loader.hub)
         found = {}
         for name, part in cls.family.parts.items():
@@ -306,8 +313,10 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             if wanted and part.unread.in_folders and isinstance(entry, list) and entry[0] is not None:
                 place = {"device_map": {"": kwargs["device_map"]}} if kwargs.get("device_map") else {}
                 given = {key: kwargs[key] for key in ("variant", "use_safetensors") if kwargs.get(key) is not None}
-                dtypes = load_dtypes(kwargs, index) if kwargs.get("dtype") is not None else {}
-                kind = {"dtype": dtypes.get(name, dtypes["default"])} if dtypes else {}
+                dtype = kwargs.get("dtype")
+                if isinstance(dtype, Mapping):
+                    dtype = dtype.get(name, dtype.get("default", torch.float32))  # as diffusers has it
+                kind = {"dtype": dtype} if dtype is not None else {}
                 found[name] = loader.load_read_parts(name, tuple(entry), part.unread, **place, **given, **kind)
         return found
 
@@ -334,7 +343,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
                 report = loader.finish(name, role, model, counted)
                 if report.method == "already_quantized":
                     named = bool({name, role} & request.named)
-                    report = _compared(report, wanted.method.name if wanted else "none" if named else None, model)
+                    report = compared(report, wanted.method.name if wanted else "none" if named else None, model)
                     if (dtype := saved_dtype(model)) is not None:
                         saved[name] = dtype
                 reports.append(report)
@@ -347,12 +356,8 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         notes = list(request.notes)
         if request.quantizes and not loader.loads and not passed and not from_files:
             raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")
-        unused = [p for p in request.skip if not any(f"skip pattern {p!r}" in r.skip_reasons.values() for r in reports)]
-        if unused and any(report.quantized_layers for report in reports):
-            notes.append(f"skip patterns that matched no layer: {', '.join(unused)}")
-        elif unused and saved:
-            notes.append(f"quantization_skip changes nothing of what was saved quantized: {', '.join(saved)}")
-        notes += [note for report in reports if (note := _speed_note(report))]
+        as_saved = [name for name in loader.loads if was_quantized(loader.saved_config(name))]
+        notes += [*skip_notes(request.skip, reports, as_saved), *speed_notes(reports)]
         return QuantizationReport(tuple(reports), detect_hardware().name, tuple(notes))
 
     def _compile(self, request: LoadRequest) -> None:
@@ -370,20 +375,3 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
 def diffusers_class(cls: type) -> type:
     """The diffusers pipeline class that a `Quantizable*` class extends."""
     return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
-
-
-def _speed_note(report: ComponentReport) -> str:
-    """Where a transformer is expected to be slower than in bf16, what would be faster."""
-    if report.role != "transformer" or report.method not in METHODS:
-        return ""
-    note = speed_note(METHODS[report.method], report.granularity, report.backend, detect_hardware())
-    return f"{report.name}: {note}" if note else ""
-
-
-def _compared(report: ComponentReport, wanted: str | None, model: nn.Module) -> ComponentReport:
-    """Says, in the report and as a warning, where a saved quantization stands against the method that is asked for, if any is."""
-    if wanted is None or saved_method(model) == wanted:
-        return report
-    note = f"{report.note}, although {wanted} was asked for: load the bf16 weights to change the method"
-    warnings.warn(f"{report.name}: {note}", stacklevel=5)
-    return replace(report, note=note)

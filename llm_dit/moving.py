@@ -42,24 +42,25 @@ class MovingMixin(DiffusionPipeline):
         return self._turns.device if self._turns is not None else super()._execution_device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As in diffusers; a dtype is refused, before anything is touched, where a component is quantized.
+        """As in diffusers; another dtype is refused, before anything is touched, where a component is quantized.
 
         Where models take turns on a GPU, to which they come when they run, a move to a GPU does nothing.
         """
         if KEEP_DTYPES.get():
             return self
         dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
-        if dtype is not None and {getattr(model, "dtype", dtype) for model in models_of(self).values()} == {dtype}:
-            args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))  # as they are, and `to(device, dtype)` is usual
-            kwargs, dtype = {name: value for name, value in kwargs.items() if name != "dtype"}, None
-        if dtype is not None:
-            quantized = [report.name for report in self.quantization_report if report.method != "none"]
-            if quantized:
+        quantized = [report.name for report in self.quantization_report if report.method != "none"]
+        if dtype is not None and quantized:
+            if {getattr(model, "dtype", dtype) for model in models_of(self).values()} != {dtype}:
                 raise ValueError(
                     f"this pipeline cannot be cast to {dtype}, because {', '.join(quantized)} is quantized: give "
                     "torch_dtype to from_pretrained instead; .to(device) alone works"
                 )
-        device = kwargs.get("device") or next((arg for arg in args if isinstance(arg, str | torch.device)), None)
+            args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))  # `to(device, dtype)` is usual
+            kwargs, dtype = {name: value for name, value in kwargs.items() if name != "dtype"}, None
+        given = (kwargs.get("device"), *args)
+        device = next((arg for arg in given if isinstance(arg, int | str | torch.device)), None)
+        device = f"cuda:{device}" if isinstance(device, int) else device
         target = torch.device(device) if device is not None else None
         if target is not None and target.type == "cuda":
             if self._turns is not None:
@@ -68,7 +69,7 @@ class MovingMixin(DiffusionPipeline):
                 )
                 return self.to(dtype=dtype) if dtype is not None else self
             if not torch.cuda.is_available():
-                raise ValueError(f"{type(self).__name__}.to({str(target)!r}), and there is no CUDA device: leave it on the CPU")
+                raise ValueError(f"{type(self).__name__}.to({device!r}), and there is no CUDA device: leave it on the CPU")
             if not self._is_pipeline_device_mapped():
                 _upload(models_of(self).values(), target)
         with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode

@@ -16,7 +16,7 @@ WEIGHTS_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A method for each role, and why."""
+    """A method for each role, but for those that were saved quantized, and why."""
 
     methods: Mapping[str, str]
     reasons: tuple[str, ...]
@@ -28,37 +28,34 @@ def recommend(hardware: Hardware, estimate: PipelineEstimate | None = None) -> R
     Compression goes up only as far as needed: the transformer in the card's fastest 8-bit method first, then the
     encoder in int8, then the transformer and at last the encoder in int4.
     """
-    found = _recommended(hardware, estimate)
-    saved = {component.name: component.role for component in estimate.components if component.saved} if estimate else {}
-    if not saved:
-        return found
-    reason = f"{', '.join(saved)}: saved quantized, and loaded as saved: none is to be asked for"
-    return Recommendation({**found.methods, **dict.fromkeys(saved.values(), "none")}, (reason, *found.reasons))
-
-
-def _recommended(hardware: Hardware, estimate: PipelineEstimate | None) -> Recommendation:
     reasons = [_hardware_reason(hardware)]
-    fast = "fp8-dynamic" if hardware.has_fp8 else "int8"
-    methods = {"transformer": fast, "encoder": "none", "vae": "none"}
+    methods = {"transformer": "fp8-dynamic" if hardware.has_fp8 else "int8", "encoder": "none", "vae": "none"}
     if estimate is None:
         reasons.append("give a model to choose the encoder and the vae by what fits")
         return Recommendation(methods, tuple(reasons))
+    saved = _saved_roles(estimate)
+    for role in saved:
+        del methods[role]
+        reasons.append(f"{role}: saved quantized, and loaded as it was saved: ask for nothing")
     vae = sum(c.bytes_for("none") for c in estimate.components if c.role == "vae")
-    if vae >= SMALL_VAE_BYTES:
+    if vae >= SMALL_VAE_BYTES and "vae" not in saved:
         methods["vae"] = "int8"
         reasons.append(f"vae int8: its weights take {format_bytes(vae)} in bf16")
     if not hardware.memory_bytes:
         reasons.append("no card to fit into, so the encoder stays in bf16")
         return Recommendation(methods, tuple(reasons))
     room = int(hardware.memory_bytes * WEIGHTS_SHARE)
-    for role, method in (("encoder", "none"), ("encoder", "int8"), ("transformer", "int4"), ("encoder", "int4")):
-        methods[role] = method
+    for role, method in (("", ""), ("encoder", "int8"), ("transformer", "int4"), ("encoder", "int4")):
+        if role in saved:
+            continue
+        if role:
+            methods[role] = method
         held = total_bytes(estimate, methods)
         fits = held <= room
         verdict = "fits" if fits else "does not fit"
         reasons.append(
-            f"transformer {methods['transformer']}, encoder {methods['encoder']}: {format_bytes(held)} of weights, "
-            f"{verdict} into {format_bytes(room)} ({WEIGHTS_SHARE:.0%} of the card)"
+            f"transformer {methods.get('transformer', 'as saved')}, encoder {methods.get('encoder', 'as saved')}: "
+            f"{format_bytes(held)} of weights, {verdict} into {format_bytes(room)} ({WEIGHTS_SHARE:.0%} of the card)"
         )
         if fits:
             return Recommendation(methods, tuple(reasons))
@@ -66,11 +63,17 @@ def _recommended(hardware: Hardware, estimate: PipelineEstimate | None) -> Recom
     return Recommendation(methods, tuple(reasons))
 
 
+def _saved_roles(estimate: PipelineEstimate) -> list[str]:
+    """The roles of which every component was saved quantized."""
+    roles = dict.fromkeys(component.role for component in estimate.components)
+    return [role for role in roles if all(c.saved for c in estimate.components if c.role == role)]
+
+
 def total_bytes(estimate: PipelineEstimate, methods: Mapping[str, str]) -> int:
     """Weight bytes of the pipeline under a method per role."""
     total = 0
     for component in estimate.components:
-        method = get_method(methods[component.role]).name
+        method = get_method(methods.get(component.role, "none")).name
         total += component.bytes_for(method if method in component.methods else "none")
     return total
 

@@ -90,7 +90,7 @@ class LoadRequest:
         """Weighs the options of a pipeline of `family`.
 
         Args:
-            components: the names of the pipeline's components.
+            components: the names of the pipeline's components that have a role.
             passed: those that the caller passed, None included.
 
         Raises:
@@ -123,8 +123,6 @@ class LoadRequest:
             )
         if options.quantization_granularity and not any(get_method(method).fp8 for method in methods.values()):
             notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
-        if options.quantization_skip and idle:
-            notes = (*notes, "quantization_skip was given, and no method that it would keep from a layer")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compiled = section.compile if options.compile is None else options.compile
         compile_mode = options.compile_mode or section.compile_mode

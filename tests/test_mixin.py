@@ -221,8 +221,9 @@ def test_another_familys_folder_is_refused(tiny):
 def test_a_device_that_is_not_there(folder):
     with pytest.raises(ValueError, match="no CUDA device: leave device_map out"):
         QuantizableZImagePipeline.from_pretrained(folder, device_map="cuda", quantization="int8")
-    with pytest.raises(ValueError, match="no CUDA device: leave it on the CPU"):
-        QuantizableZImagePipeline.from_pretrained(folder, quantization="int8").to("cuda")
+    for device in ("cuda", 0):
+        with pytest.raises(ValueError, match="no CUDA device: leave it on the CPU"):
+            QuantizableZImagePipeline.from_pretrained(folder, quantization="int8").to(device)
 
 
 def test_a_backend_without_a_method_is_refused(folder):
@@ -332,7 +333,9 @@ def test_a_saved_pipeline_keeps_its_dtype(made, folder, tmp_path):
         QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=made, low_cpu_mem_usage=False)
     again = QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=made, quantization_skip=["layers.0"])
     assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
-    assert "quantization_skip changes nothing of what was saved quantized" in str(again.quantization_report)
+    assert "skip patterns without effect: layers.0; vae, transformer stays as it was saved" in str(again.quantization_report)
+    again = QuantizableZImagePipeline.from_pretrained(tmp_path)
+    assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
 
 
 def test_a_saved_pipeline_of_two_dtypes(folder, tmp_path):
@@ -341,11 +344,12 @@ def test_a_saved_pipeline_of_two_dtypes(folder, tmp_path):
     pipe = QuantizableZImagePipeline.from_pretrained(folder, dtype=dtypes, quantization=quantization)
     pipe.save_pretrained(tmp_path)
     advice = r"give torch_dtype=\{'default': torch\.bfloat16, 'vae': torch\.float32\}"
-    for given in ({}, {"torch_dtype": torch.float32}):
-        with pytest.raises(ValueError, match=advice):
-            QuantizableZImagePipeline.from_pretrained(tmp_path, **given)
-    again = QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype={"vae": torch.float32})
-    assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
+    encoder = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=advice):
+        QuantizableZImagePipeline.from_pretrained(tmp_path, torch_dtype=torch.float32, text_encoder=encoder)
+    for given in ({}, {"torch_dtype": {"vae": torch.float32}}):
+        again = QuantizableZImagePipeline.from_pretrained(tmp_path, **given)
+        assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
 
 
 def test_a_mapping_of_dtypes_has_bfloat16_for_the_rest(folder):
@@ -359,13 +363,35 @@ def test_auto_leaves_a_saved_method(folder, tmp_path, monkeypatch):
     QuantizableZImagePipeline.from_pretrained(folder, quantization="int4").save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        pipe = QuantizableZImagePipeline.from_pretrained(tmp_path, quantization="auto")
-    assert "left the transformer as it was saved" in str(pipe.quantization_report)
+        pipe = QuantizableZImagePipeline.from_pretrained(tmp_path, quantization="auto", quantization_backend="torchao")
+    assert "left the transformer in int4, as it was saved" in str(pipe.quantization_report)
+    dense = load_pipeline(folder, torch_dtype=BF16).transformer
+    assert methods(load_pipeline(tmp_path, quantization="auto", transformer=dense))["transformer"] == "int8"
 
 
-def test_casting_to_what_it_is_in_is_nothing(folder):
+def test_casting_to_what_it_is_in_changes_nothing(folder):
     pipe = QuantizableZImagePipeline.from_pretrained(folder, quantization="int8")
-    assert pipe.to("cpu", BF16) is pipe
+    before = generate(pipe, "z-image")
+    assert torch.equal(generate(pipe.to("cpu", BF16), "z-image"), before)
+
+
+def test_mixed_dtypes_are_cast_where_nothing_is_quantized(folder):
+    pipe = QuantizableZImagePipeline.from_pretrained(folder, torch_dtype=BF16)
+    pipe.transformer.layers[0].float()
+    assert {parameter.dtype for parameter in pipe.to(BF16).transformer.parameters()} == {BF16}
+
+
+def test_a_folder_cast_layerwise_keeps_its_method(folder, tmp_path):
+    pipe = load_pipeline(folder, quantization="fp8-weight-only", quantization_backend="layerwise")
+    pipe.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="transformer: cast layerwise as it was saved, although int8 was asked for"):
+        again = load_pipeline(tmp_path, quantization="int8")
+    assert torch.equal(generate(again, "z-image"), generate(pipe, "z-image"))
+
+
+def test_reading_a_part_of_an_encoder_wants_one_device(folder):
+    with pytest.raises(ValueError, match="device_map is 'balanced': leave one out"):
+        load_pipeline(folder, quantization="int8", encoder_layers="read", device_map="balanced")
 
 
 def test_the_saved_index_names_the_diffusers_class(folder, tmp_path):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..arguments import hub_keywords
-from ..loader import read_json, was_quantized
+from ..loader import read_json, was_layerwise
 from ..names import COMPONENT_TYPES
 from ..quantization import get_method, get_recommended_method
+from ..quantization.methods import recorded_method
 from ..request import LoadOptions
 from .card import CPU, parse_bytes
 from .detect import card_at_hand
@@ -30,6 +31,10 @@ def load_auto(cls: type[QuantizablePipelineMixin], source: str, options: LoadOpt
     Raises:
         ValueError: if nothing fits, or an argument contradicts the plan.
     """
+    if kwargs.get("device_map") == "balanced":
+        raise ValueError(
+            "device_map='balanced' spreads models over GPUs, and quantization='auto' places them itself: leave it out"
+        )
     card, given = card_at_hand(), options.vram_budget
     replaced = options.transformer_file or options.encoder_file or any(isinstance(v, torch.nn.Module) for v in kwargs.values())
     if given is None and (card is None or replaced):
@@ -54,9 +59,14 @@ def plan_for(source: str, budget: int) -> Plan:
 
 
 def _by_hardware(source: str, options: LoadOptions, kwargs: dict[str, Any]) -> LoadOptions:
-    """The options with the method for the hardware; a transformer that was saved quantized stays what it is."""
-    if not options.transformer_file and was_quantized(read_json(source, "transformer/config.json", hub_keywords(kwargs))):
-        return replace(options, quantization=None, notes=("quantization='auto' left the transformer as it was saved",))
+    """The options with the method for the hardware, or that of a transformer that was saved quantized."""
+    own = not options.transformer_file and "transformer" not in kwargs
+    config = read_json(source, "transformer/config.json", hub_keywords(kwargs)) if own else {}
+    saved = recorded_method(config.get("quantization_config") or {}) or ("fp8-weight-only" if was_layerwise(config) else None)
+    if saved:
+        return replace(
+            options, quantization=saved, notes=(f"quantization='auto' left the transformer in {saved}, as it was saved",)
+        )
     method = get_recommended_method()
     note = f"quantization='auto' chose {method} for the transformer, by the hardware: there is no budget to plan for"
     return replace(options, quantization=method, notes=(note,))

@@ -88,7 +88,7 @@ def parse_bytes(text: str | int) -> int:
         return text
     if isinstance(text, int):
         raise ValueError(f"a budget of {text} is a number of bytes, and less than a MiB: write it as text, such as '24GB'")
-    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*(GB|GIB|MB|MIB|)\s*", str(text), re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(GB|GIB|MB|MIB|)\s*", str(text), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size <= 0:
         raise ValueError(f"a budget of memory is more than 0, and written 24GB or 22.5GiB, not {str(text)[:40]!r}")

@@ -20,8 +20,9 @@ from ..encoder_parts import unread_patterns
 from ..estimate import ComponentEstimate, Maker, component_makers, estimate_component
 from ..families.base import Family
 from ..forwards import Size
+from ..loader import was_layerwise
 from ..mixin import QuantizablePipelineMixin, diffusers_class
-from ..quantization import METHODS
+from ..quantization.methods import recorded_method
 from .activations import activation_bytes, make_on_meta, shortened
 from .candidates import LOSSES
 from .constants import constants
@@ -174,13 +175,9 @@ def _component(
 
 
 def _saved_method(folder: Path) -> str:
-    """The method that a component's config.json records: by its name, or by the name of torchao's configuration."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    if config.get("method") in METHODS:
-        return str(config["method"])
-    recorded = json.dumps(config)
-    stock = {row.name: type(row.make_stock_config("per-row")).__name__ for row in METHODS.values() if row.make_stock_config}
-    return next((name for name, kind in stock.items() if f'"{kind}"' in recorded), "int8")
+    """The method that a component's config.json records; another library's is counted as int8."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return recorded_method(config.get("quantization_config") or {}) or ("fp8-weight-only" if was_layerwise(config) else "int8")
 
 
 def _read_bytes(folder: Path, unread: Unread, model: Any) -> int:

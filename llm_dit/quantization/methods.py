@@ -7,9 +7,10 @@ take.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
@@ -106,7 +107,9 @@ _ROWS: Final = (
         1,
         make_config=lambda granularity: Int8StreamConfig(),
         make_stock_config=lambda granularity: Int8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
-        holds=lambda weight: isinstance(weight, Int8Tensor | Int8ConvTensor),
+        holds=lambda weight: (
+            isinstance(weight, Int8Tensor | Int8ConvTensor) and getattr(weight, "act_quant_kwargs", None) is None
+        ),
     ),
     Method(
         "int4",
@@ -127,6 +130,15 @@ REMOVED_METHODS: Final[Mapping[str, str]] = {
     "diffsynth-fp8": "fp8-dynamic",
     "fp8-filtered": "fp8-weight-only",
 }
+
+
+def recorded_method(quantization: Mapping[str, Any]) -> str | None:
+    """The method that a saved component's quantization_config names, by itself or by torchao's configuration, or None."""
+    if quantization.get("method") in METHODS:
+        return str(quantization["method"])
+    recorded = json.dumps(quantization)
+    stock = {row.name: type(row.make_stock_config("per-row")).__name__ for row in _ROWS if row.make_stock_config}
+    return next((name for name, kind in stock.items() if f'"{kind}"' in recorded), None)
 
 
 def weights_method(model: nn.Module) -> str | None:

@@ -157,6 +157,11 @@ class Run:
 
     def _resume(self) -> None:
         with safe_open(self.checkpoint, "pt") as file, torch.no_grad():
+            shapes = {f"now.{index}": list(parameter.shape) for index, parameter in enumerate(self.parameters)}
+            names = [name for name in file.keys() if name.startswith("now.")]  # noqa: SIM118 - a file is no mapping
+            found = {name: file.get_slice(name).get_shape() for name in names}
+            if found != shapes:
+                raise ValueError(f"{self.checkpoint} is of another model than this one: give another folder, or remove it")
             for kind, each in self.kept().items():
                 for index, tensor in enumerate(each):
                     tensor.copy_(file.get_tensor(f"{kind}.{index}"))

@@ -85,3 +85,9 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     for kind in ("averaged", "first", "second"):  # the weights of now are the averaged ones after a run
         assert all(torch.equal(one, other) for one, other in zip(after[kind], before[kind], strict=True))
     assert all(tensor.abs().max() > 0 for tensor in first.kept()["first"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Run([Small()], Budget(0, 1e-2), tmp_path / "run.safetensors").train(lambda: torch.zeros(()), "test")
+    with pytest.raises(ValueError, match="is of another model than this one"):
+        Run([nn.Linear(8, 8)], Budget(0, 1e-2), tmp_path / "run.safetensors")
