@@ -27,19 +27,12 @@ def load_pipeline(pretrained_model_name_or_path: str | PathLike[str], **kwargs: 
 
 def pipeline_class_of(source: str | PathLike[str], **kwargs: Any) -> type[QuantizablePipelineMixin]:
     """Our class for the pipeline that `source` holds; of `kwargs`, those that find files on the Hub are read."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     from .arguments import hub_keywords
     from .loader import read_json
     from .saving import refuse_unfinished
 
     refuse_unfinished(str(source))
-    try:
-        index = read_json(str(source), "model_index.json", hub_keywords(kwargs)) if not Path(source).is_file() else {}
-    except GatedRepoError:
-        raise  # its own words say how to get access
-    except RepositoryNotFoundError:
-        index = {}
+    index = read_json(str(source), "model_index.json", hub_keywords(kwargs)) if not Path(source).is_file() else {}
     if "_class_name" not in index:
         raise ValueError(_no_pipeline(str(source)))
     return quantizable_class(index["_class_name"])

@@ -17,7 +17,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
@@ -25,10 +31,10 @@ from .backends import Backend, ComponentRequest, LoadPlan
 from .backends.streaming import DiffusersStreamingConfig, Planner, TransformersStreamingConfig
 from .checkpoints.encoders import PRUNED, Unread
 from .encoder_parts import load_read_parts
-from .quantization import METHODS, ComponentReport, quantized_by
+from .quantization import ComponentReport, quantized_by
 from .quantization.component import layer_stats
 from .quantization.filters import named_layers
-from .quantization.methods import weights_method
+from .quantization.methods import recorded_method, weights_method
 from .quantization.probe import probe_finite
 from .quantization.sizes import dense_bytes, model_bytes
 from .quantization.torchao_tensors.fused import fuse_weights
@@ -78,6 +84,7 @@ class PipelineLoader(PipelineQuantizationConfig):
         self.hub = dict(hub)
         self.choose = choose
         self.loads: dict[str, _Load] = {}
+        self._configs: dict[str, dict[str, Any]] = {}
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         assert module_name is not None
@@ -100,8 +107,10 @@ class PipelineLoader(PipelineQuantizationConfig):
             load.seconds = load.seconds or time.perf_counter() - load.started
 
     def saved_config(self, component: str) -> dict[str, Any]:
-        """config.json of a component as saved, or {}."""
-        return read_json(self.source, f"{component}/config.json", self.hub)
+        """config.json of a component as saved, or {}; it is read once, as a repository is asked for it every time."""
+        if component not in self._configs:
+            self._configs[component] = read_json(self.source, f"{component}/config.json", self.hub)
+        return self._configs[component]
 
     def _plan(self, load: _Load, model: nn.Module) -> LoadPlan:
         assert load.backend is not None
@@ -176,7 +185,9 @@ def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, A
     else:
         try:
             path = Path(hf_hub_download(source, filename, **hub))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        except GatedRepoError:
+            raise  # one that is not there in its type, and its words say how to get access
+        except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
             return {}
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -258,15 +269,13 @@ def inspect_component(
 def saved_method(model: nn.Module) -> str | None:
     """The method that the configuration of a loaded quantized model records, or that its weights are of, or None."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if config is None:
-        return weights_method(model)
-    if hasattr(config, "saved"):
-        return config.saved.get("method")
-    kind = type(getattr(config, "quant_type", None))
-    for method in METHODS.values():
-        if method.make_stock_config and type(method.make_stock_config("per-row")) is kind:
-            return method.name
-    return weights_method(model)
+    recorded = recorded_method(config.to_dict()) if config is not None else None
+    return recorded or weights_method(model)
+
+
+def method_in(saved: Mapping[str, Any]) -> str | None:
+    """The method that a component's config.json records, or None."""
+    return "fp8-weight-only" if was_layerwise(saved) else recorded_method(saved.get("quantization_config") or {})
 
 
 def mark_layerwise(model: Any, cast: bool) -> None:

@@ -45,11 +45,10 @@ def recommend(hardware: Hardware, estimate: PipelineEstimate | None = None) -> R
         reasons.append("no card to fit into, so the encoder stays in bf16")
         return Recommendation(methods, tuple(reasons))
     room = int(hardware.memory_bytes * WEIGHTS_SHARE)
-    for role, method in (("", ""), ("encoder", "int8"), ("transformer", "int4"), ("encoder", "int4")):
-        if role in saved:
+    for step in ({}, {"encoder": "int8"}, {"transformer": "int4"}, {"encoder": "int4"}):
+        if step.keys() & saved:
             continue
-        if role:
-            methods[role] = method
+        methods |= step
         held = total_bytes(estimate, methods)
         fits = held <= room
         verdict = "fits" if fits else "does not fit"

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..arguments import hub_keywords
-from ..loader import read_json, was_layerwise
+from ..loader import method_in, read_json
 from ..names import COMPONENT_TYPES
 from ..quantization import get_method, get_recommended_method
-from ..quantization.methods import recorded_method
 from ..request import LoadOptions
 from .card import CPU, parse_bytes
 from .detect import card_at_hand
@@ -62,11 +61,9 @@ def _by_hardware(source: str, options: LoadOptions, kwargs: dict[str, Any]) -> L
     """The options with the method for the hardware, or that of a transformer that was saved quantized."""
     own = not options.transformer_file and "transformer" not in kwargs
     config = read_json(source, "transformer/config.json", hub_keywords(kwargs)) if own else {}
-    saved = recorded_method(config.get("quantization_config") or {}) or ("fp8-weight-only" if was_layerwise(config) else None)
-    if saved:
-        return replace(
-            options, quantization=saved, notes=(f"quantization='auto' left the transformer in {saved}, as it was saved",)
-        )
+    if saved := method_in(config):
+        note = f"quantization='auto' left the transformer in {saved}, as it was saved"
+        return replace(options, quantization=saved, notes=(note,))
     method = get_recommended_method()
     note = f"quantization='auto' chose {method} for the transformer, by the hardware: there is no budget to plan for"
     return replace(options, quantization=method, notes=(note,))

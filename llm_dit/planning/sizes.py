@@ -20,9 +20,8 @@ from ..encoder_parts import unread_patterns
 from ..estimate import ComponentEstimate, Maker, component_makers, estimate_component
 from ..families.base import Family
 from ..forwards import Size
-from ..loader import was_layerwise
+from ..loader import method_in
 from ..mixin import QuantizablePipelineMixin, diffusers_class
-from ..quantization.methods import recorded_method
 from .activations import activation_bytes, make_on_meta, shortened
 from .candidates import LOSSES
 from .constants import constants
@@ -177,7 +176,7 @@ def _component(
 def _saved_method(folder: Path) -> str:
     """The method that a component's config.json records; another library's is counted as int8."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return recorded_method(config.get("quantization_config") or {}) or ("fp8-weight-only" if was_layerwise(config) else "int8")
+    return method_in(config) or "int8"
 
 
 def _read_bytes(folder: Path, unread: Unread, model: Any) -> int:

@@ -136,7 +136,7 @@ def recorded_method(quantization: Mapping[str, Any]) -> str | None:
     """The method that a saved component's quantization_config names, by itself or by torchao's configuration, or None."""
     if quantization.get("method") in METHODS:
         return str(quantization["method"])
-    recorded = json.dumps(quantization)
+    recorded = json.dumps(quantization, default=str)  # of a loaded model, another library's may hold objects
     stock = {row.name: type(row.make_stock_config("per-row")).__name__ for row in _ROWS if row.make_stock_config}
     return next((name for name, kind in stock.items() if f'"{kind}"' in recorded), None)
 
