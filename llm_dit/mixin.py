@@ -356,7 +356,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         notes = list(request.notes)
         if request.quantizes and not loader.loads and not passed and not from_files:
             raise RuntimeError(f"{type(self).__name__} loaded no model to quantize")
-        as_saved = [name for name in loader.loads if was_quantized(loader.saved_config(name))]
+        as_saved = [part.name for part in reports if part.name in loader.loads and was_quantized(loader.saved_config(part.name))]
         notes += [*skip_notes(request.skip, reports, as_saved), *speed_notes(reports)]
         return QuantizationReport(tuple(reports), detect_hardware().name, tuple(notes))
 

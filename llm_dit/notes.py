@@ -33,7 +33,7 @@ def skip_notes(skip: Sequence[str], reports: Sequence[ComponentReport], as_saved
         return []
     listed = ", ".join(idle)
     if as_saved:
-        return [f"skip patterns without effect: {listed}; {', '.join(as_saved)} stays as it was saved"]
+        return [f"skip patterns without effect: {listed}; {', '.join(as_saved)} stay{'' if as_saved[1:] else 's'} as saved"]
     if any(report.quantized_layers for report in reports):
         return [f"skip patterns that matched no layer: {listed}"]
     return [f"skip patterns without effect, as nothing is quantized: {listed}"]
