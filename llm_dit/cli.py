@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .cli_bench import bench_app
 from .cli_plan import plan
-from .terminal import METHODS_HELP, console, print_plain
+from .terminal import METHODS_HELP, as_typed, console, print_plain
 
 if TYPE_CHECKING:
     from .generate import GenerateOptions
@@ -132,6 +132,8 @@ def generate(
     found = pipeline_class_of(source).family
     if family and found.name != family.name:
         raise ValueError(f"{source!r} holds a {found.title} pipeline: use pipelines/{found.name}.py or llm-dit generate")
+    if frames and not found.generation.video:
+        raise ValueError(f"{source!r} makes pictures, and --frames is for clips: leave it out")
     load = _load_keywords(
         quantization,
         quantization_transformer,
@@ -250,14 +252,12 @@ def estimate(
         console.print_json(json.dumps(result.to_dict()))
         return
     table = Table("component", "role", "parameters", *VALID_METHODS, title=f"{result.source}: {result.pipeline_class}")
-    for component in result.components:
+    rows = [(one, one.name) for one in result.components]
+    rows += [(one, f"{one.name}, encoder_layers='read'") for one in result.reading]
+    for component, name in rows:
         cells = [format_bytes(component.bytes_for(m)) if m in component.methods else "-" for m in VALID_METHODS]
         if component.saved:
             cells = [f"saved: {format_bytes(component.saved)}"] + [""] * (len(VALID_METHODS) - 1)
-        table.add_row(component.name, component.role, f"{component.parameters / 1e6:,.1f} M", *cells)
-    for component in result.reading:
-        cells = [format_bytes(component.bytes_for(m)) if m in component.methods else "-" for m in VALID_METHODS]
-        name = f"{component.name}, encoder_layers='read'"
         table.add_row(name, component.role, f"{component.parameters / 1e6:,.1f} M", *cells)
     table.add_section()
     table.add_row("all", "", "", *(format_bytes(result.held(m)) for m in VALID_METHODS))
@@ -384,7 +384,7 @@ def _run(typer_app: typer.Typer = app, args: list[str] | None = None, obj: Any =
 def _fail(error: Exception) -> None:
     """One line on standard error; an error that is not made for users names its type too."""
     told = isinstance(error, ValueError | RuntimeError | OSError | ImportError | NotImplementedError)
-    message = " ".join(str(error).split())
+    message = as_typed(" ".join(str(error).split()))
     print(f"error: {message if told and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Final
 
@@ -15,3 +16,17 @@ METHODS_HELP: Final = "none, fp8-dynamic, fp8-weight-only, int8 or int4"
 def print_plain(text: str) -> None:
     """Prints text as it is: no markup in it, no line broken."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+_OPTIONS: Final = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "vram_budget": "--vram",
+}
+"""Arguments that are options of another name; where only hyphens differ, the argument is a key of config.toml too."""
+
+
+def as_typed(message: str) -> str:
+    """An error of the library, its arguments named as they are typed on the command line."""
+    message = re.sub(rf"\b({'|'.join(_OPTIONS)})\b", lambda found: _OPTIONS[found[0]], message)
+    return re.sub(r"\bquantization='([\w-]+)'", r"--quantization \1", message)

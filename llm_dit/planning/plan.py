@@ -324,7 +324,7 @@ def _what_would(
         if one.peak.device <= budget:
             yield f"{smaller} would fit, with {one.candidate}"
             return
-    yield "no smaller size would fit"
+    yield "no smaller picture or clip fits in the budget"
 
 
 def _smaller(sizes: PipelineSizes, size: Size) -> Iterator[Size]:
