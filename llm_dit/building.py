@@ -13,8 +13,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-_SAVED_QUANTIZED = ("quantization_config", "llm_dit_layerwise", "_llm_dit_layerwise")
-"""Keys of a config.json that say how the folder's weights were saved, which are not read here."""
+from .saved import WEIGHTS_KEYS
 
 
 @contextmanager
@@ -47,10 +46,10 @@ def build_empty(
     """
     with default_dtype(dtype), init_empty_weights(include_buffers=False):
         if not issubclass(cls, transformers.PreTrainedModel):
-            plain = {key: value for key, value in config.items() if key not in _SAVED_QUANTIZED}
+            plain = {key: value for key, value in config.items() if key not in WEIGHTS_KEYS}
             return cls.from_config(plain).eval()
         loaded = transformers.AutoConfig.from_pretrained(source, subfolder=component, **hub)
-        for key in _SAVED_QUANTIZED:
+        for key in WEIGHTS_KEYS:
             if hasattr(loaded, key):
                 delattr(loaded, key)
         model = cls._from_config(loaded, dtype=dtype).eval()

@@ -19,10 +19,11 @@ from .checkpoints.header import read_header
 from .families import get_family, pipeline_classes, published_models
 from .families.base import Family, Published
 from .load import pipeline_class_of
-from .loader import names_repository, read_json, was_quantized
+from .loader import names_repository, read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import first_line, nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
+from .saved import was_quantized
 
 
 @dataclass(frozen=True)

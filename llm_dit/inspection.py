@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .checkpoints.header import Header, read_header
 from .checkpoints.layout import FORMAT_TENSOR, Layout, read_layout
 from .checkpoints.recognize import Kind, recognize
+from .saved import was_layerwise
 
 _EMBEDDING = "embed_tokens.weight"
 """What every text encoder calls its embedding, a matrix that is looked up and not multiplied."""
@@ -36,8 +38,17 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         "kind": "pipeline",
         "path": str(place),
         "pipeline_class": entries.get("_class_name"),
+        "loading": _folder_loading(components),
         "components": components,
     }
+
+
+def _folder_loading(components: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the loader would do with a pipeline folder."""
+    saved = [f"{name} in {component['quantization']}" for name, component in components.items() if "quantization" in component]
+    if not saved:
+        return "load_pipeline(PATH, quantization=METHOD) quantizes it while it is read"
+    return f"load_pipeline(PATH) loads it as it was saved, {', '.join(saved)}; another method needs the bf16 weights"
 
 
 def describe_file(header: Header) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def _component(folder: Path, class_name: str) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if quantization:
         described["quantization"] = _saved_method(quantization)
-    elif config.get("_llm_dit_layerwise") or config.get("llm_dit_layerwise"):
+    elif was_layerwise(config):
         described["quantization"] = "fp8, layerwise casting"
     headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
     described["files"] = len(headers)

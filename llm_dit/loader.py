@@ -38,10 +38,9 @@ from .quantization.methods import recorded_method, weights_method
 from .quantization.probe import probe_finite
 from .quantization.sizes import dense_bytes, model_bytes
 from .quantization.torchao_tensors.fused import fuse_weights
+from .saved import LAYERWISE_KEY, was_layerwise, was_quantized
 
 logger = logging.getLogger(__name__)
-LAYERWISE_KEY = "llm_dit_layerwise"
-"""Key in a component's config.json: it was saved with layerwise casting, which stores fp8 without any other mark."""
 
 
 @dataclass
@@ -288,21 +287,11 @@ def mark_layerwise(model: Any, cast: bool) -> None:
         setattr(model.config, LAYERWISE_KEY, True)
 
 
-def was_quantized(saved: Mapping[str, Any]) -> bool:
-    """True if a component's config.json says that it was saved quantized."""
-    return saved.get("quantization_config") is not None or was_layerwise(saved)
-
-
 def quantized_in(source: str, **hub: Any) -> tuple[str, ...]:
     """The components of a folder or repository that were saved quantized."""
     index = read_json(source, "model_index.json", hub)
     models = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
     return tuple(name for name in models if was_quantized(read_json(source, f"{name}/config.json", hub)))
-
-
-def was_layerwise(saved: Mapping[str, Any]) -> bool:
-    """True if a component's config.json says that it was saved with layerwise casting."""
-    return bool(saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}"))
 
 
 @contextmanager

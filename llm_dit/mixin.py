@@ -40,8 +40,6 @@ from .loader import (
     quantize_passed_component,
     read_json,
     saved_method,
-    was_layerwise,
-    was_quantized,
 )
 from .lora.mixin import QuantizedLoraMixin
 from .moving import KEEP_DTYPES, MovingMixin
@@ -58,6 +56,7 @@ from .quantization import (
 from .quantization.sizes import model_tensors
 from .quantization.torchao_tensors.staging import staged
 from .request import LoadOptions, LoadRequest, Quantization
+from .saved import was_layerwise, was_quantized
 from .saving import SavingMixin, refuse_unfinished
 
 if TYPE_CHECKING:

@@ -79,3 +79,13 @@ def test_the_command_prints_a_line_a_fact(tiny, tmp_path):
     lines = dict(line.split(": ", 1) for line in done.stdout.strip().splitlines())
     assert lines["holds"] == "Z-Image transformer"
     assert lines["layout"] == "fp8, one scale per tensor, comfy_quant formats"
+
+
+def test_a_folder_says_how_it_loads(tiny, tmp_path):
+    assert inspect_path(tiny("z-image"))["loading"] == "load_pipeline(PATH, quantization=METHOD) quantizes it while it is read"
+    quantization = {"transformer": "int8", "encoder": "fp8-weight-only"}
+    pipe = load_pipeline(tiny("z-image"), quantization=quantization, quantization_backend={"encoder": "layerwise"})
+    pipe.save_pretrained(tmp_path)
+    found = inspect_path(tmp_path)
+    assert "transformer in torchao Int8WeightOnlyConfig" in found["loading"]
+    assert "text_encoder in fp8, layerwise casting" in found["loading"]

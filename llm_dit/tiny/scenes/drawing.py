@@ -12,10 +12,10 @@ from .scene import COLOURS, RELATIONS, Scene
 SIDE: Final = 128
 RADII: Final = {"small": (10.0, 13.0), "large": (19.0, 23.0)}
 """Half the side of the square that a thing fills, in pixels."""
-GAP: Final = 6.0
+GAP: Final = 8.0
 """Between the squares of two things, and to the border 4."""
 _BORDER: Final = 4.0
-_ASLANT: Final = 0.4
+_ASLANT: Final = 0.25
 """How far two things may lie from straight beside or above each other, across over along; at 1 nobody could say which they are.
 What is generated scatters around what is drawn."""
 _FINER: Final = 4
