@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 LAYERWISE_KEY: Final = "llm_dit_layerwise"
-"""It was saved with layerwise casting, which stores fp8 without any other mark. For diffusers it begins with _, as what is no argument of a model does."""
+"""It was saved with layerwise casting, which stores fp8 without any other mark. For diffusers it begins with _, as what is no
+argument of a model does."""
 WEIGHTS_KEYS: Final = ("quantization_config", LAYERWISE_KEY, f"_{LAYERWISE_KEY}")
 """All keys that say how weights were saved; the others say what the model is."""
 
