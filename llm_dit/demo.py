@@ -13,7 +13,8 @@ from .bench import quality
 from .bench.quality_report import contact_sheet
 from .bench.results import Row
 from .load import load_pipeline
-from .quantization import VALID_METHODS
+from .quantization import METHODS
+from .quantization.hardware import lack_of_support
 from .tiny.trained import trained
 
 PROMPTS: Final = (
@@ -31,21 +32,28 @@ class Shown:
         sheet: the contact sheet, PNG.
         rows: what was measured, by method.
         report: what loading with the first method said that it did.
+        left_out: why methods that were not asked for by name are not there: this machine lacks them.
     """
 
     sheet: Path
     rows: list[Row]
     report: str
+    left_out: list[str]
 
 
-def run_demo(folder: Path, methods: Sequence[str] = VALID_METHODS, prompts: Sequence[str] = PROMPTS) -> Shown:
+def run_demo(folder: Path, methods: Sequence[str] = (), prompts: Sequence[str] = PROMPTS) -> Shown:
     """Draws, compares and writes `folder`/demo.png; an interrupted run goes on.
 
     Args:
         folder: where the pictures go; made if it is not there.
-        methods: of the transformer, beside bf16.
+        methods: of the transformer, beside bf16; all that run on this machine if there are none.
         prompts: captions of scenes.
     """
+    left_out: list[str] = []
+    if not methods:
+        lacking = {name: lack_of_support(method) for name, method in METHODS.items() if name != quality.REFERENCE}
+        methods = [name for name, reason in lacking.items() if reason is None]
+        left_out = [reason for reason in lacking.values() if reason is not None]
     options = quality.Options(
         str(trained("z-image")),
         tuple(methods),
@@ -59,4 +67,4 @@ def run_demo(folder: Path, methods: Sequence[str] = VALID_METHODS, prompts: Sequ
     sheet = folder / "demo.png"
     contact_sheet(rows, options.folder, options.prompts).save(sheet)
     pipe = load_pipeline(options.source, quantization={"transformer": methods[0], "vae": "int8"}, torch_dtype=torch.bfloat16)
-    return Shown(sheet, rows, str(pipe.quantization_report))
+    return Shown(sheet, rows, str(pipe.quantization_report), left_out)

@@ -362,6 +362,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
     def _compile(self, request: LoadRequest) -> None:
         if not request.compile:
             return
+        self._compile_mode = request.compile_mode
         for name, model in models_of(self).items():
             if self.component_role(name) != "transformer":
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from contextvars import ContextVar
 from copy import deepcopy
@@ -14,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .loader import models_of
-from .quantization import quantized_by
+from .quantization import get_quant_compile_warnings, quantized_by
 from .quantization.report import QuantizationReport
 from .quantization.torchao_tensors.staging import move_model_to_gpu, staged
 
@@ -31,6 +32,8 @@ class MovingMixin(DiffusionPipeline):
     """Before a diffusers pipeline in the bases; see the methods of the same names there."""
 
     _turns: Turns | None = None
+    _compile_mode: str | None = None
+    """In which the transformer was compiled, if it was."""
 
     @property
     def quantization_report(self) -> QuantizationReport:
@@ -75,12 +78,23 @@ class MovingMixin(DiffusionPipeline):
         with torch.inference_mode(False), torch.no_grad():  # quantized weights cannot be moved inside of inference_mode
             return super().to(*args, **kwargs)
 
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; warns where the compile mode does not go with it."""
+        self._warn_of_offloading()
+        super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; warns where the compile mode does not go with it."""
+        self._warn_of_offloading()
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; refused where torch cannot move compiled blocks of quantized weights.
 
         Autoencoders are offloaded leaf by leaf in any case: diffusers brings what is in no block to the device when `forward`
         is called, and a pipeline calls `decode`.
         """
+        self._warn_of_offloading()
         given = signature(super().enable_group_offload).bind(*args, **kwargs).arguments
         excluded = given.get("exclude_modules") or ()
         excluded = [excluded] if isinstance(excluded, str) else list(excluded)
@@ -99,6 +113,11 @@ class MovingMixin(DiffusionPipeline):
         given = {name: value for name, value in given.items() if name != "exclude_modules"}
         for model in autoencoders.values():
             model.enable_group_offload(**{**given, "offload_type": "leaf_level"})
+
+    def _warn_of_offloading(self) -> None:
+        if self._compile_mode is not None:
+            for warning in get_quant_compile_warnings("none", self._compile_mode, offload=True):
+                warnings.warn(warning, stacklevel=3)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Refused where a component is cast layerwise: the hooks of its copy would run the modules of the original."""

@@ -205,8 +205,8 @@ def prepare_for_saving(models: Mapping[str, nn.Module]) -> None:
         if getattr(model, PRUNED, ()):
             left_out = ", ".join(getattr(model, PRUNED))
             raise ValueError(
-                f"{name} was read from a file that leaves out {left_out}, and a saved folder needs them: load the encoder from "
-                "its repository to save it"
+                f"{name} was loaded without {left_out}, which a saved folder needs: load the whole encoder to save it, from its "
+                "repository and with encoder_layers='all'"
             )
         if getattr(model, "hf_quantizer", None) is None and any(isinstance(p, TorchAOBaseTensor) for p in model.parameters()):
             attach_plain_saver(model)

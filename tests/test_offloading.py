@@ -82,3 +82,9 @@ def test_with_compiled_blocks(way, offload, tiny, on_device):
     bound = 0.3 if way == "int4" else 0.13
     for _ in range(2):
         assert relative_error(generate(pipe, "flux2-klein").cpu(), on_device("flux2-klein", way)) < bound
+
+
+def test_a_compile_mode_that_does_not_go_with_offloading_is_told(tiny):
+    pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16, compile=True, compile_mode="reduce-overhead")
+    with pytest.warns(UserWarning, match="addresses that offloading frees"):
+        OFFLOADS["leaves"](pipe)

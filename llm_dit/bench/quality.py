@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..load import load_pipeline, pipeline_class_of
 from ..names import check_name
 from ..quantization import METHODS, get_method
+from ..quantization.hardware import require_support
 from ..tiny import scenes
 from ..writing import write_text
 from .layer_noise import layer_noise
@@ -104,7 +105,10 @@ def run(options: Options) -> Iterator[Row]:
     """
     require_metrics()
     check_name(options.floor, FLOORS, "floor")
-    methods = [get_method(method).name for method in options.methods if get_method(method).name != REFERENCE]
+    asked = [get_method(method) for method in options.methods]
+    for row in asked:
+        require_support(row)  # now, and not after the pictures of those before it
+    methods = [row.name for row in asked if row.name != REFERENCE]
     options.folder.mkdir(parents=True, exist_ok=True)
     _check_same_question(options)
     yield _measured(options, REFERENCE)

@@ -70,7 +70,13 @@ def cpu_multiplies_row_scaled_fp8() -> bool:
 
 
 def require_support(method: Method, granularity: str = "per-row", dtype: torch.dtype | None = None) -> None:
-    """Raises ValueError if the current device cannot run `method`, naming the one to use instead.
+    """Raises ValueError if the current device cannot run `method`, naming the one to use instead."""
+    if (reason := lack_of_support(method, granularity, dtype)) is not None:
+        raise ValueError(reason)
+
+
+def lack_of_support(method: Method, granularity: str = "per-row", dtype: torch.dtype | None = None) -> str | None:
+    """Why the current device cannot run `method`, and which to use instead; None if it can.
 
     Without CUDA every method runs, slowly and for tests, if torch has the kernel.
 
@@ -79,23 +85,24 @@ def require_support(method: Method, granularity: str = "per-row", dtype: torch.d
     """
     hardware = detect_hardware()
     if not method.fp8:
-        return
+        return None
     if hardware.capability is None:
         if method.name == "fp8-dynamic" and granularity == "per-row" and not cpu_multiplies_row_scaled_fp8():
-            raise ValueError(
+            return (
                 f"torch {torch.__version__} cannot multiply fp8 with per-row scales on the CPU, and there is no CUDA device: use "
                 "granularity 'per-tensor', 'fp8-weight-only', or a newer torch (2.13 can)"
             )
-        return
+        return None
     if not hardware.has_fp8:
         major, minor = hardware.capability
-        raise ValueError(
+        return (
             f"{method.name} needs a CUDA device of compute capability 8.9 or newer, and {hardware.name} has "
             f"{major}.{minor}: use {get_recommended_method()!r} instead"
         )
     half = dtype is not None and dtype != torch.bfloat16
     if method.name == "fp8-dynamic" and granularity == "per-row" and half:
-        raise ValueError(
+        return (
             f"fp8-dynamic with per-row scales computes in bfloat16 on CUDA, and the weights are {dtype}: load with "
             "torch_dtype=torch.bfloat16, or use granularity 'per-tensor'"
         )
+    return None

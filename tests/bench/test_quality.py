@@ -17,6 +17,7 @@ from llm_dit.bench import quality
 from llm_dit.bench.layer_noise import layer_noise, signal_to_noise
 from llm_dit.bench.picture_metrics import MOST_DB, flip, psnr, ssim
 from llm_dit.cli import app
+from llm_dit.quantization import hardware
 from llm_dit.tiny import get, scenes
 
 pytest.importorskip("skimage")
@@ -96,6 +97,13 @@ def test_another_question_is_refused(tiny, tmp_path):
     list(quality.run(options(tiny, tmp_path, methods=(), floor="skip")))
     with pytest.raises(ValueError, match="holds pictures of another model, other prompts or sizes"):
         list(quality.run(options(tiny, tmp_path, methods=(), floor="skip", call={**SIZE, "height": 128})))
+
+
+def test_a_method_that_the_card_lacks_is_refused_before_a_picture_is_made(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "detect_hardware", lambda: hardware.Hardware("RTX 3060", (8, 6), 12 * 1024**3))
+    with pytest.raises(ValueError, match=r"needs a CUDA device of compute capability 8\.9"):
+        list(quality.run(options(tiny, tmp_path / "q", methods=("int8", "fp8-dynamic"))))
+    assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize("name", ["flux2-klein", "qwen-image", "ltx2.3"])

@@ -5,7 +5,7 @@ import torch
 
 from llm_dit.names import COMPILE_MODES
 from llm_dit.quantization import check_fp8_support, get_method, get_quant_compile_warnings, get_recommended_method, hardware
-from llm_dit.quantization.hardware import Hardware, require_support
+from llm_dit.quantization.hardware import Hardware, lack_of_support, require_support
 from llm_dit.quantization.methods import VALID_METHODS
 
 
@@ -70,3 +70,10 @@ def test_compile_warnings_refuse_unknown_names():
         get_quant_compile_warnings("int8", "defualt")
     with pytest.raises(ValueError, match="removed: use 'int4'"):
         get_quant_compile_warnings("4bit", "default")
+
+
+def test_why_a_method_does_not_run_is_told_without_an_error(monkeypatch):
+    card(monkeypatch, (8, 6), "RTX 3060")
+    lacking = {name: lack_of_support(get_method(name)) for name in VALID_METHODS}
+    assert {name for name, reason in lacking.items() if reason} == {"fp8-dynamic", "fp8-weight-only"}
+    assert lacking["fp8-dynamic"].endswith("RTX 3060 has 8.6: use 'int8' instead")
