@@ -124,6 +124,20 @@ def check_memory_usage(kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def check_encoder_layers(request: LoadRequest, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what a text encoder that we load in part cannot follow."""
+    if request.encoder_layers != "read":
+        return
+    if kwargs.get("device_map") == "balanced":
+        raise ValueError(
+            "encoder_layers='read' loads the text encoder to one device, and device_map is 'balanced': leave one out"
+        )
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "encoder_layers='read' loads the text encoder where diffusers' quantization_config does not reach: leave one out"
+        )
+
+
 def check_request(request: LoadRequest, roles: Mapping[str, str], pipeline: str, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError where a request to quantize contradicts the other arguments or the pipeline.
 

@@ -220,6 +220,8 @@ def quantize(
     methods = (quantization, quantization_transformer, quantization_encoder, quantization_vae)
     if not any(methods) and config is None:
         raise ValueError("quantize needs a method: give --quantization, e.g. int8, one for a component, or a --config")
+    if quantization == "auto":
+        raise ValueError("--quantization auto plans for the card at hand: to save, name a method, e.g. int8")
     if before := quantized_in(model):
         raise ValueError(f"{model} is quantized already ({', '.join(before)}): give the bf16 model")
     load = _load_keywords(*methods, quantization_granularity, None, skip, config)

@@ -14,6 +14,7 @@ from torchao.utils import TorchAOBaseTensor
 from .checkpoints.header import read_header
 from .names import nearest
 from .request import LoadRequest
+from .saved import was_layerwise
 
 COMPUTE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SAVED: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -89,9 +90,12 @@ def read_saved_dtypes(source: str, configs: Mapping[str, Mapping[str, Any]]) -> 
     Args:
         configs: by component, its config.json.
     """
-    ours = [name for name, config in configs.items() if (config.get("quantization_config") or {}).get("quant_method") in _OURS]
-    found = {name: _plain_dtype(Path(source) / name) for name in ours}
+    found = {name: _plain_dtype(Path(source) / name) for name, config in configs.items() if _is_ours(config)}
     return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return was_layerwise(config) or (config.get("quantization_config") or {}).get("quant_method") in _OURS
 
 
 def _plain_dtype(folder: Path) -> torch.dtype | None:

@@ -114,7 +114,7 @@ def estimate_pipeline(
     Raises:
         ValueError: if `source` is none of these.
     """
-    cls, makers = component_makers(source, dtype, hub)
+    cls, makers, _ = component_makers(source, dtype, hub)
     components, reading = [], []
     for name, make in makers.items():
         role = cls.component_role(name)
@@ -136,16 +136,18 @@ Maker = Callable[[], tuple[nn.Module, int]]
 
 def component_makers(
     source: str, dtype: torch.dtype, hub: Mapping[str, Any]
-) -> tuple[type[QuantizablePipelineMixin], dict[str, Maker]]:
-    """The class of a pipeline, and what makes its components; `source` and errors as in `estimate_pipeline`."""
+) -> tuple[type[QuantizablePipelineMixin], dict[str, Maker], Path | None]:
+    """The class of a pipeline, what makes its components, and its folder, if it has one; `source` and errors as in
+    `estimate_pipeline`.
+    """
     published = published_models()
     classes = pipeline_classes()
     key = source if source.startswith("Quantizable") else f"Quantizable{source}"
     if source in published:
         model = published[source]
-        return classes[f"Quantizable{model.pipeline_class}"], _published_makers(model)
+        return classes[f"Quantizable{model.pipeline_class}"], _published_makers(model), None
     if key in classes:
-        return classes[key], _published_makers(_published_for(classes[key]))
+        return classes[key], _published_makers(_published_for(classes[key])), None
     folder = Path(source)
     if not folder.is_dir():
         if not names_repository(source):
@@ -153,11 +155,12 @@ def component_makers(
         folder = _configurations(source, hub)
     index = read_json(str(folder), "model_index.json", {})
     cls = pipeline_class_of(folder)
-    return cls, {
+    makers: dict[str, Maker] = {
         name: partial(_from_config, folder / name, entry[0], entry[1], dtype)
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file()
     }
+    return cls, makers, folder
 
 
 def _unknown(source: str, published: Mapping[str, Any], classes: Iterable[str]) -> str:
@@ -197,6 +200,8 @@ def _from_config(path: Path, library: str, class_name: str, dtype: torch.dtype) 
     """A component on meta from its saved configuration, and the bytes of its files if it was saved quantized."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     saved = _file_bytes(path) if was_quantized(config) else 0
+    if was_quantized(config) and not saved:
+        raise ValueError(f"{path.name} was saved quantized, and its weights are not here to be counted: download them first")
     with torch.device("meta"):
         return build_empty(component_class(library, class_name), config, str(path.parent), path.name, dtype, {}), saved
 

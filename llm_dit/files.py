@@ -27,7 +27,7 @@ from .names import first_line
 from .quantization import METHODS, ComponentReport, get_method
 from .request import LoadRequest
 
-DEFAULT_METHODS = {"transformer": "fp8-dynamic", "encoder": "fp8-weight-only", "vae": "none"}
+DEFAULT_METHODS = {"transformer": "fp8-dynamic", "encoder": "fp8-weight-only"}
 """By role, how a file's fp8 is multiplied where nothing is said: a transformer on the tensor cores, an encoder, which runs once,
 in 16 bits."""
 

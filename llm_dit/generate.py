@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from PIL import Image
 
+from .forwards import FRAME_RATE
 from .load import load_pipeline, pipeline_class_of
 from .loader import quantized_in, read_json
 from .mixin import QuantizablePipelineMixin
@@ -23,7 +24,6 @@ from .quantization.hardware import current_device
 
 logger = logging.getLogger(__name__)
 OFFLOADS: Final = ("none", "model", "sequential")
-FRAME_RATE: Final = 24.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
         raise ValueError(
             f"offload={options.offload!r} is for models that do not fit a GPU, and this runs on the CPU: leave it out"
         )
+    if planned and options.device == "cpu" and torch.cuda.is_available():
+        raise ValueError("quantization='auto' plans for the GPU, and device is 'cpu': leave it out, or name a method")
     if planned and options.offload != "none":
         raise ValueError("quantization='auto' offloads as its plan says: leave offload out, or name a method")
     on_device = options.offload == "none" and device != "cpu" and not planned

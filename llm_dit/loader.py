@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,7 +38,7 @@ from .quantization.methods import recorded_method, weights_method
 from .quantization.probe import probe_finite
 from .quantization.sizes import dense_bytes, model_bytes
 from .quantization.torchao_tensors.fused import fuse_weights
-from .saved import LAYERWISE_KEY, was_layerwise, was_quantized
+from .saved import LAYERWISE_KEY, layerwise_mark, was_layerwise, was_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,8 @@ class PipelineLoader(PipelineQuantizationConfig):
             )
         before = dense_bytes(model, load.request.dtype, counted)
         load.backend.finish(model, load.request, load.plan)
-        mark_layerwise(model, load.backend.name == "layerwise")
+        if load.backend.name == "layerwise":
+            mark_layerwise(model, load.request.skip)
         stats = layer_stats(
             load.plan.layers,
             load.request.method,
@@ -196,7 +197,8 @@ def quantize_passed_component(model: nn.Module, backend: Backend, request: Compo
     backend.check(request)
     start = time.perf_counter()
     stats = backend.quantize_in_place(model, request)
-    mark_layerwise(model, backend.name == "layerwise" and stats["quantized_layers"] > 0)
+    if backend.name == "layerwise" and stats["quantized_layers"] > 0:
+        mark_layerwise(model, request.skip)
     report = component_report(request.name, model, stats, backend.name, time.perf_counter() - start)
     if stats["method"] == "already_quantized":
         warnings.warn(f"{request.name}: {report.note}", stacklevel=4)
@@ -241,13 +243,12 @@ def inspect_component(
     model: nn.Module,
     seconds: float = 0.0,
     counted: Container[int] = (),
-    passed: bool = False,
+    came: str = "loaded as it was saved",
 ) -> ComponentReport:
-    """A report on a component that nobody asked to quantize, as it is now; `passed` by the caller or read from the folder."""
+    """A report on a component that nobody asked to quantize, as it is now; if it is quantized, `came` says how it came so."""
     source = quantized_by(model)
     layers = [layer for layer, _ in named_layers(model, role or "transformer")]
     size = model_bytes(model, counted)
-    came = "it was passed as it is" if passed else "loaded as it was saved"
     if source is not None:
         probe_finite(model)
     return ComponentReport(
@@ -277,14 +278,12 @@ def method_in(saved: Mapping[str, Any]) -> str | None:
     return "fp8-weight-only" if was_layerwise(saved) else recorded_method(saved.get("quantization_config") or {})
 
 
-def mark_layerwise(model: Any, cast: bool) -> None:
+def mark_layerwise(model: Any, skip: Sequence[str]) -> None:
     """Writes into the model's configuration that it is cast layerwise, so that a saved folder loads that way again."""
-    if not cast:
-        return
     if hasattr(model, "register_to_config"):
-        model.register_to_config(**{f"_{LAYERWISE_KEY}": True})
+        model.register_to_config(**{f"_{LAYERWISE_KEY}": layerwise_mark(skip)})
     elif hasattr(model, "config"):
-        setattr(model.config, LAYERWISE_KEY, True)
+        setattr(model.config, LAYERWISE_KEY, layerwise_mark(skip))
 
 
 def quantized_in(source: str, **hub: Any) -> tuple[str, ...]:

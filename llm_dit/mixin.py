@@ -17,6 +17,7 @@ from torch import nn
 
 from .arguments import (
     check_device,
+    check_encoder_layers,
     check_memory_usage,
     check_request,
     check_source,
@@ -56,7 +57,7 @@ from .quantization import (
 from .quantization.sizes import model_tensors
 from .quantization.torchao_tensors.staging import staged
 from .request import LoadOptions, LoadRequest, Quantization
-from .saved import was_layerwise, was_quantized
+from .saved import layerwise_skip, was_layerwise, was_quantized
 from .saving import SavingMixin, refuse_unfinished
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         transformer_file: str | PathLike[str] | None = None,
         encoder_file: str | PathLike[str] | None = None,
         activation_scale: str = "dynamic",
-        encoder_layers: str = "all",
+        encoder_layers: str | None = None,
         config: str | PathLike[str] | RuntimeConfig | None = None,
         compile: bool | None = None,
         compile_mode: str | None = None,
@@ -113,8 +114,9 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
                 official fp8 file stays in fp8; a bf16 one, e.g. a finetune, is quantized as `quantization` says while it is read.
             encoder_file: the same for the text encoder, e.g. ComfyUI's scaled fp8.
             activation_scale: "dynamic", or "static" for the scales of activations that an fp8 file holds.
-            encoder_layers: "all", or "read" to leave those parts of the text encoder unread that no call of the pipeline uses
-                (29 % of FLUX.2-klein-9B's); the pictures are the same. Upsampling prompts needs all.
+            encoder_layers: "all" (the default, but for quantization="auto"), or "read" to leave those parts of the text encoder
+                unread that no call of the pipeline uses (29 % of FLUX.2-klein-9B's); the pictures are the same. Upsampling
+                prompts and saving need all.
             config: the path of a config.toml, or a `RuntimeConfig`; keyword arguments win over it.
             compile, compile_mode: compile the transformer's repeated blocks (False and "default" if no `config` says else).
             vram_budget: with quantization="auto", the device memory to stay inside of, e.g. "24GB" (10^9 bytes each) or a number
@@ -173,6 +175,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             check_request(request, roles, diffusers_class(cls).__name__, kwargs)
             without = {name for name, value in kwargs.items() if value is None} | request.files.keys()
             cls._check_components(request, roles, without)
+        check_encoder_layers(request, kwargs)
         hub = hub_keywords(kwargs)
         check_device(kwargs.get("device_map"))
         refuse_unfinished(source)
@@ -228,10 +231,17 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         if self._report is None:
             reports = (inspect_component(n, self.component_role(n), model) for n, model in models_of(self).items())
             self._report = QuantizationReport(tuple(reports), detect_hardware().name)
-        told = [f"{name}: {line}" for name, model in models_of(self).items() for line in told_of_decoding(model)]
+        models = models_of(self)
+        parts = tuple(
+            inspect_component(part.name, part.role, models[part.name], came="quantized after it was loaded")
+            if part.method == "none" and quantized_by(models.get(part.name, nn.Identity()))
+            else part
+            for part in self._report
+        )
+        told = [f"{name}: {line}" for name, model in models.items() for line in told_of_decoding(model)]
         if self._recorder is not None:
             told += self._recorder.lines({part.name: part.bytes_after for part in self._report})
-        return replace(self._report, notes=(*self._report.notes, *told)) if told else self._report
+        return replace(self._report, components=parts, notes=(*self._report.notes, *told))
 
     @property
     def planned(self) -> bool:
@@ -249,8 +259,9 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         finally:
             KEEP_DTYPES.reset(token)
         known = {report.name: report for report in getattr(pipeline, "quantization_report", ())}
+        before = models_of(pipeline)
         reports = [
-            known[name] if name in known else inspect_component(name, cls.component_role(name), model)
+            known[name] if name in known and before[name] is model else inspect_component(name, cls.component_role(name), model)
             for name, model in models_of(pipe).items()
         ]
         pipe._report = QuantizationReport(tuple(reports), detect_hardware().name)
@@ -289,7 +300,8 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             if wanted is not None and wanted.method.name != "fp8-weight-only":
                 said = f"{name}: cast layerwise as it was saved, although {wanted.method.name} was asked for"
                 warnings.warn(f"{said}: load the bf16 weights to change the method", stacklevel=6)
-            cast = ComponentRequest(name, role, get_method("fp8-weight-only"), dtype=request.dtype_of(name))
+            method, skip = get_method("fp8-weight-only"), layerwise_skip(saved)
+            cast = ComponentRequest(name, role, method, skip=skip, dtype=request.dtype_of(name))
             return BACKENDS["layerwise"], cast
         return (cls.component_backend(name, role, request), wanted) if wanted is not None else None
 
@@ -300,10 +312,6 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         """The text encoders of which a part is left in the folder, loaded before diffusers loads the rest."""
         if request.encoder_layers != "read":
             return {}
-        if kwargs.get("device_map") == "balanced":
-            raise ValueError(
-                "encoder_layers='read' loads the text encoder to one device, and device_map is 'balanced': leave one out"
-            )
         index = read_json(loader.source, "model_index.json", loader.hub)
         found = {}
         for name, part in cls.family.parts.items():
@@ -349,7 +357,8 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             elif name in passed and role and wanted is not None:
                 reports.append(quantize_passed_component(model, self.component_backend(name, role, request), wanted))
             else:
-                reports.append(inspect_component(name, role, model, passed=name in passed))
+                came = "it was passed as it is" if name in passed else "loaded as it was saved"
+                reports.append(inspect_component(name, role, model, came=came))
             counted.update(map(id, model_tensors(model)))
         check_saved_dtypes(saved, request)
         notes = list(request.notes)

@@ -52,7 +52,7 @@ class MovingMixin(DiffusionPipeline):
         if KEEP_DTYPES.get():
             return self
         dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
-        quantized = [report.name for report in self.quantization_report if report.method != "none"] if dtype is not None else []
+        quantized = [name for name, model in models_of(self).items() if quantized_by(model)] if dtype is not None else []
         if quantized:
             if {getattr(model, "dtype", dtype) for model in models_of(self).values()} != {dtype}:
                 raise ValueError(

@@ -41,7 +41,7 @@ class LoadOptions:
     transformer_file: str | PathLike[str] | None = None
     encoder_file: str | PathLike[str] | None = None
     activation_scale: str = "dynamic"
-    encoder_layers: str = "all"
+    encoder_layers: str | None = None
     config: str | PathLike[str] | RuntimeConfig | None = None
     compile: bool | None = None
     compile_mode: str | None = None
@@ -97,7 +97,7 @@ class LoadRequest:
             ValueError: for anything unknown, removed or contradictory, with what to use instead.
         """
         check_name(options.activation_scale, ACTIVATION_SCALES, "activation_scale")
-        config, section = _configured(options.config, family)
+        config, section = configured(options.config, family)
         base = config if config is not None else PipelineQuantConfig()
         methods: dict[str, str] = {role: getattr(base, role) for role in COMPONENT_TYPES}
         given, notes = _given_methods(options, components), options.notes
@@ -121,7 +121,7 @@ class LoadRequest:
                 f"quantization_backend={options.quantization_backend!r} has nothing to quantize: give a method as well, e.g. "
                 "quantization='fp8-weight-only'"
             )
-        if options.quantization_granularity and not any(get_method(method).fp8 for method in methods.values()):
+        if options.quantization_granularity and not files and not any(get_method(method).fp8 for method in methods.values()):
             notes = (*notes, "quantization_granularity was given, and no fp8 method that reads it")
         skip = base.skip if options.quantization_skip is None else PipelineQuantConfig(skip=options.quantization_skip).skip
         compiled = section.compile if options.compile is None else options.compile
@@ -142,7 +142,7 @@ class LoadRequest:
             named=frozenset(given) - _unsaid(options.quantization),
             files=files,
             activation_scale=options.activation_scale,
-            encoder_layers=check_name(options.encoder_layers, ENCODER_LAYERS, "encoder_layers"),
+            encoder_layers=check_name(options.encoder_layers or "all", ENCODER_LAYERS, "encoder_layers"),
             compile=compiled,
             compile_mode=check_name(compile_mode, COMPILE_MODES, "compile_mode"),
             notes=notes,
@@ -173,7 +173,7 @@ class LoadRequest:
         return ComponentRequest(name, role, method, self.granularity, self.skip, self.dtype_of(name))
 
 
-def _configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, PipelineSection]:
+def configured(config: Any, family: str) -> tuple[PipelineQuantConfig | None, PipelineSection]:
     if config is None:
         return None, RuntimeConfig().section(family)
     if not isinstance(config, str | PathLike | RuntimeConfig):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 LAYERWISE_KEY: Final = "llm_dit_layerwise"
@@ -15,6 +15,17 @@ WEIGHTS_KEYS: Final = ("quantization_config", LAYERWISE_KEY, f"_{LAYERWISE_KEY}"
 def was_quantized(saved: Mapping[str, Any]) -> bool:
     """True if a component's config.json says that it was saved quantized."""
     return saved.get("quantization_config") is not None or was_layerwise(saved)
+
+
+def layerwise_mark(skip: Sequence[str]) -> dict[str, Any]:
+    """What is written under the key: the patterns of the modules that were left alone, which nothing else in the folder tells."""
+    return {"skip": list(skip)}
+
+
+def layerwise_skip(saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """The patterns that a component was cast layerwise without; none in folders that say no more than that it was cast."""
+    mark = saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}")
+    return tuple(mark["skip"]) if isinstance(mark, Mapping) else ()
 
 
 def was_layerwise(saved: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -59,12 +60,12 @@ class SavingMixin(DiffusionPipeline):
         target = Path(save_directory)
         if target.is_file():
             raise NotADirectoryError(f"{str(target)!r} is a file, and a pipeline is saved to a folder: give another name")
-        if kwargs.get("push_to_hub"):
+        if kwargs.get("is_main_process") is False:
+            return  # another process writes the folder, and diffusers 0.42 would write all of it here too
+        given = signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
+        if given.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.absolute().name)
-        if kwargs.get("is_main_process") is False:  # another process writes the folder
-            super().save_pretrained(str(target), *args, **kwargs)
-            return
-        with written_beside(target, kwargs.get("variant")) as beside:
+        with written_beside(target, given.get("variant")) as beside:
             super().save_pretrained(str(beside), *args, **kwargs)  # diffusers splits the name of a pushed one
             self._write_card(beside, target)
             source = Path(self.name_or_path or "", CALL_FILE)

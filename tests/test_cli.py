@@ -99,6 +99,7 @@ def test_a_config_file_and_options_over_it(tiny, tmp_path):
         (["bogus"], "bogus"),
         (["quantize", "TINY", "TINY"], "exists already"),
         (["quantize", "TINY", "unwritten"], "quantize needs a method"),
+        (["quantize", "TINY", "unwritten", "--quantization", "auto"], "to save, name a method"),
         (["quantize", "TINY", "unwritten", "--quantization", "none"], "quantize has nothing to quantize"),
         (["convert", "TINY", "-o", "fp8.bin"], "must end in .safetensors"),
         (["estimate", "z-image-turb"], "did you mean 'z-image-turbo'"),

@@ -22,6 +22,7 @@ from llm_dit.config import RuntimeConfig
 from llm_dit.families.flux2 import QuantizableFlux2KleinPipeline
 from llm_dit.families.z_image import QuantizableZImageImg2ImgPipeline, QuantizableZImagePipeline
 from llm_dit.mixin import QuantizablePipelineMixin
+from llm_dit.quantization import quantize_component
 
 BF16 = torch.bfloat16
 
@@ -379,6 +380,27 @@ def test_mixed_dtypes_are_cast_where_nothing_is_quantized(folder):
     pipe = QuantizableZImagePipeline.from_pretrained(folder, torch_dtype=BF16)
     pipe.transformer.layers[0].float()
     assert {parameter.dtype for parameter in pipe.to(BF16).transformer.parameters()} == {BF16}
+
+
+def test_what_is_quantized_after_loading_is_reported_and_not_cast(folder):
+    pipe = load_pipeline(folder, torch_dtype=BF16)
+    quantize_component(pipe.transformer, "int8", "transformer")
+    assert pipe.quantization_report["transformer"].method == "already_quantized"
+    with pytest.raises(ValueError, match="because transformer is quantized"):
+        pipe.to(torch.float16)
+
+
+def test_a_siblings_own_component_has_a_report_of_its_own(folder):
+    pipe = load_pipeline(folder, quantization="int8")
+    other = load_pipeline(folder, torch_dtype=BF16).transformer
+    sibling = QuantizableZImageImg2ImgPipeline.from_pipe(pipe, transformer=other)
+    assert sibling.quantization_report["transformer"].method == "none"
+
+
+def test_a_part_of_the_encoder_does_not_go_with_diffusers_quantization(folder):
+    config = PipelineQuantizationConfig(quant_mapping={"text_encoder": TorchAoConfig(Int8WeightOnlyConfig())})
+    with pytest.raises(ValueError, match="quantization_config does not reach: leave one out"):
+        load_pipeline(folder, encoder_layers="read", quantization_config=config)
 
 
 def test_a_folder_cast_layerwise_keeps_its_method(folder, tmp_path):

@@ -186,3 +186,15 @@ def test_pushing_to_a_hub(how, tiny, tmp_path):
     again = load_pipeline(pushed)
     expected = load_pipeline(tiny("z-image"), quantization={"transformer": "int8"})
     assert torch.equal(generate(again, "z-image"), generate(expected, "z-image"))
+
+
+def test_a_variant_by_position_leaves_the_weights_of_others(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path, True, "q")
+    found = {path.name for path in (tmp_path / "transformer").glob("*.safetensors")}
+    assert found == {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.q.safetensors"}
+
+
+def test_another_process_than_the_main_one_writes_nothing(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "out", is_main_process=False)
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..names import check_name
 from ..quantization.hardware import current_device
 from ..quantization.kernels.quantize_rows import FLOAT8_MAX
-from ..quantization.torchao_tensors.staging import drain_staging
+from ..quantization.torchao_tensors.staging import drain_staging, staged
 from ..quantization.torchao_tensors.stream import fetch, row_chunks, store
 from .header import ITEM_BYTES, Header, TensorEntry, read_header
 from .layout import FORMAT_TENSOR, METADATA_KEY, PREFIXES
@@ -116,7 +116,7 @@ def convert(source: str | Path, output: str | Path, layout: str = "comfy") -> Co
     _verify(source, tensors, entries, family, style)
     beside = target.with_name(f".{target.name}.part")
     try:
-        with beside.open("wb") as stream, ExitStack() as stack:
+        with beside.open("wb") as stream, ExitStack() as stack, staged():
             files = {header.path: stack.enter_context(safe_open(header.path, framework="pt", device="cpu")) for header in headers}
             _write(
                 stream, tensors, lambda name: files[owners[name].path].get_tensor(name), _metadata(headers, tensors, style), style

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
-    DiffusionPipeline,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
@@ -48,18 +47,21 @@ _UNREAD = Unread(
     layers_read=lambda count: count * 3 // 4,
     only_in_files=("norm",),
 )
-"""The prompt is read off hidden states up to three quarters of the way (`_prompt_layers`); upsampling a prompt reads the rest."""
+"""The prompt is read off hidden states up to three quarters of the way (`_own_call`); upsampling a prompt reads the rest."""
 _SOURCE = "config.json of the repository; parameter counts agree with it"
 
 
-def _prompt_layers(pipe: DiffusionPipeline) -> Mapping[str, Any]:
-    """The text encoder's layers that become the prompt: a quarter, half and three quarters of the way up.
+def _own_call(pipe: Any) -> Mapping[str, Any]:
+    """The text encoder's layers that become the prompt, and steps and guidance of models that are not distilled.
 
-    That is 9, 18, 27 of Qwen3's 36 and 10, 20, 30 of Mistral's 40, the pipelines' defaults, and holds for tiny models
-    too.
+    Layers a quarter, half and three quarters of the way up are 9, 18, 27 of Qwen3's 36 and 10, 20, 30 of Mistral's 40, the
+    pipelines' defaults, and it holds for tiny models too. Steps and guidance of FLUX.2-dev and of klein's base models are
+    diffusers' defaults.
     """
     layers = pipe.text_encoder.config.get_text_config().num_hidden_layers
-    return {"text_encoder_out_layers": tuple(layers * quarter // 4 for quarter in (1, 2, 3))}
+    found = {"text_encoder_out_layers": tuple(layers * quarter // 4 for quarter in (1, 2, 3))}
+    distilled = pipe.config.get("is_distilled", False)
+    return found if distilled else {**found, "num_inference_steps": 50, "guidance_scale": 4.0}
 
 
 _OFFICIAL = {
@@ -161,7 +163,7 @@ FAMILY = Family(
     parts={"transformer": Part(), "text_encoder": encoder_part(_UNREAD)},
     encoding=Encoding(("prompt_embeds", None)),
     forwards=Forwards(_step, image_latents, {"text_encoder": _encode}, most_references=10),
-    generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_prompt_layers),
+    generation=Generation({"num_inference_steps": 4, "guidance_scale": 1.0, "height": 1024, "width": 1024}, adapt=_own_call),
     casts_latents=False,
     splitting={"Flux2Transformer2DModel": Splitting(diffusers_plan, _split_arguments)},
     published=(

@@ -11,7 +11,7 @@ from ..arguments import hub_keywords
 from ..loader import method_in, read_json
 from ..names import COMPONENT_TYPES
 from ..quantization import get_method, get_recommended_method
-from ..request import LoadOptions
+from ..request import LoadOptions, configured
 from .card import CPU, parse_bytes
 from .detect import card_at_hand
 from .placing import carry_out
@@ -35,7 +35,9 @@ def load_auto(cls: type[QuantizablePipelineMixin], source: str, options: LoadOpt
             "device_map='balanced' spreads models over GPUs, and quantization='auto' places them itself: leave it out"
         )
     card, given = card_at_hand(), options.vram_budget
-    replaced = options.transformer_file or options.encoder_file or any(isinstance(v, torch.nn.Module) for v in kwargs.values())
+    section = configured(options.config, cls.family.name)[1]
+    files = (options.transformer_file, options.encoder_file, section.transformer_file, section.encoder_file)
+    replaced = any(files) or any(isinstance(value, torch.nn.Module) for value in kwargs.values())
     if given is None and (card is None or replaced):
         return cls._load(source, _by_hardware(source, options, kwargs), kwargs)
     if replaced:
@@ -44,7 +46,8 @@ def load_auto(cls: type[QuantizablePipelineMixin], source: str, options: LoadOpt
             "the two out"
         )
     budget = parse_bytes(given) if given is not None else card.memory_bytes if card else 0
-    plan = make_plan(source, budget, card or CPU, fixed=_fixed(options), **hub_keywords(kwargs))
+    layers = options.encoder_layers or "read"
+    plan = make_plan(source, budget, card or CPU, fixed=_fixed(options), encoder_layers=layers, **hub_keywords(kwargs))
     if not plan.fits:
         raise ValueError(f"{plan}; {'; '.join(plan.would)}")
     pipe = cls._load(source, _planned(options, plan), _placed(plan, kwargs))
@@ -64,6 +67,8 @@ def _by_hardware(source: str, options: LoadOptions, kwargs: dict[str, Any]) -> L
     if saved := method_in(config):
         note = f"quantization='auto' left the transformer in {saved}, as it was saved"
         return replace(options, quantization=saved, notes=(note,))
+    if options.quantization_transformer is not None:
+        return replace(options, quantization=None)
     method = get_recommended_method()
     note = f"quantization='auto' chose {method} for the transformer, by the hardware: there is no budget to plan for"
     return replace(options, quantization=method, notes=(note,))
@@ -86,7 +91,7 @@ def _planned(options: LoadOptions, plan: Plan) -> LoadOptions:
         quantization_transformer=None,
         quantization_encoder=None,
         quantization_vae=None,
-        encoder_layers=plan.encoder_layers if options.encoder_layers == "all" else options.encoder_layers,
+        encoder_layers=options.encoder_layers or plan.encoder_layers,
         quantization_skip=options.quantization_skip if options.quantization_skip is not None else plan.skip or None,
         compile=compile,
         compile_mode=options.compile_mode or wanted.get("compile_mode"),

@@ -13,7 +13,7 @@ import diffusers
 from ..decoding import WHOLE, Cut
 from ..forwards import Size
 from ..quantization.report import format_bytes
-from .candidates import LOSSES, PLACEMENTS, Candidate, candidates, refusal
+from .candidates import LOSSES, PLACEMENTS, SMALL_VAE_BYTES, Candidate, candidates, refusal
 from .card import LADDER, Card, format_gb
 from .phases import Phase, timeline
 from .sizes import AS_SAVED, PipelineSizes, pipeline_sizes
@@ -145,7 +145,13 @@ class Plan:
 
 
 def make_plan(
-    source: str, budget: int, card: Card, size: Size | None = None, fixed: Mapping[str, str] | None = None, **hub: Any
+    source: str,
+    budget: int,
+    card: Card,
+    size: Size | None = None,
+    fixed: Mapping[str, str] | None = None,
+    encoder_layers: str = "read",
+    **hub: Any,
 ) -> Plan:
     """The plan of a pipeline in `budget` bytes.
 
@@ -155,6 +161,7 @@ def make_plan(
         card: decides which methods there are, and how fast they are.
         size: what is generated; the family's default if None.
         fixed: by role, the methods that are chosen already.
+        encoder_layers: "read" to leave parts of the text encoder unread that no call uses, or "all".
         **hub: where to find a repository, e.g. `revision`.
 
     Raises:
@@ -162,7 +169,7 @@ def make_plan(
     """
     if budget <= 0:
         raise ValueError(f"a budget must be more than 0 bytes, not {budget}")
-    sizes = pipeline_sizes(source, **hub)
+    sizes = pipeline_sizes(source, encoder_layers, **hub)
     return _plan(sizes, budget, card, checked_size(sizes, size or default_size(sizes)), fixed or {})
 
 
@@ -242,6 +249,8 @@ def _plan(sizes: PipelineSizes, budget: int, card: Card, size: Size, fixed: Mapp
 def _ranked(sizes: PipelineSizes, card: Card, size: Size, fixed: Mapping[str, str]) -> list[Chosen]:
     """Every candidate with every way to decode, the best first; of those that decode alike the first is enough."""
     vae = max((part.weights.bytes_for("none") for part in sizes.components.values() if part.role == "vae"), default=0)
+    if fixed.get("vae") == "int8":
+        vae = max(vae, SMALL_VAE_BYTES)  # it is so already, or asked for, however little it saves
     found = [
         (candidate.rank(cut != WHOLE), place, Chosen(candidate, cut, timeline(sizes, candidate, size, cut)))
         for candidate in candidates(card, vae, bool(sizes.skip))

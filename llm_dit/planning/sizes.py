@@ -130,17 +130,18 @@ class PipelineSizes:
 
 
 @cache
-def pipeline_sizes(source: str, **hub: Any) -> PipelineSizes:
+def pipeline_sizes(source: str, encoder_layers: str = "read", **hub: Any) -> PipelineSizes:
     """The sizes of a pipeline; kept for the next call.
 
     Args:
         source: a folder, a repository id, or an offline name, as in `estimate_pipeline`.
+        encoder_layers: "read" to leave parts of the text encoder unread that no call uses, or "all".
         **hub: where to find a repository, e.g. `revision`.
 
     Raises:
         ValueError: if `source` is none of these, or a pipeline that cannot be planned.
     """
-    cls, makers = component_makers(source, torch.bfloat16, hub)
+    cls, makers, folder = component_makers(source, torch.bfloat16, hub)
     if not {"transformer", "vae"} <= makers.keys() or not hasattr(cls, "encode_prompt"):
         raise ValueError(
             f"{diffusers_class(cls).__name__} does not go from a prompt to a picture: a plan is made for those that do"
@@ -154,18 +155,19 @@ def pipeline_sizes(source: str, **hub: Any) -> PipelineSizes:
         model, saved = make()
         if name == "transformer":
             skip = _fragile(model, cls.family)
-        components[name] = _component(name, role, model, saved, cls.family, skip, Path(source) / name)
+        part = cls.family.parts.get(name) if role == "encoder" and encoder_layers == "read" else None
+        unread = part.unread if part is not None and part.unread.in_folders else None
+        components[name] = _component(name, role, model, saved, unread, skip, (folder or Path(source)) / name)
     return PipelineSizes(source, cls, components, skip, makers)
 
 
 def _component(
-    name: str, role: str, model: nn.Module, saved: int, family: Family, skip: tuple[str, ...], folder: Path
+    name: str, role: str, model: nn.Module, saved: int, unread: Unread | None, skip: tuple[str, ...], folder: Path
 ) -> ComponentSizes:
-    part = family.parts.get(name)
     left_out: tuple[str, ...] = ()
-    if role == "encoder" and part is not None and part.unread.in_folders:
-        take_off_unread(model, part.unread)
-        saved = _read_bytes(folder, part.unread, model) if saved else 0
+    if unread is not None:
+        take_off_unread(model, unread)
+        saved = _read_bytes(folder, unread, model) if saved else 0
         left_out = tuple(getattr(model, PRUNED, ()))
     plain = estimate_component(name, role, model, saved, "per-row", (), torch.bfloat16)
     kept = estimate_component(name, role, model, saved, "per-row", skip, torch.bfloat16) if skip and role != "vae" else plain

@@ -36,6 +36,31 @@ def test_what_the_caller_chose_is_planned_around(tiny):
     assert pipe.quantization_report["text_encoder"].method == "none"
 
 
+def test_a_small_vae_is_planned_in_int8_where_that_is_asked_for_or_saved(tiny, tmp_path):
+    asked = {"quantization_transformer": "int8", "quantization_vae": "int8"}
+    pipe = load_pipeline(tiny("z-image"), quantization="auto", vram_budget="20GB", **asked)
+    assert pipe.quantization_report["vae"].method == "int8"
+    load_pipeline(tiny("z-image"), quantization={"transformer": "int8", "vae": "int8"}).save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, quantization="auto", vram_budget="20GB")
+    assert pipe.quantization_report["vae"].method == "already_quantized"
+
+
+def test_the_whole_encoder_is_planned_where_it_is_asked_for(tiny):
+    held = {}
+    for layers in (None, "read", "all"):
+        pipe = load_pipeline(tiny("flux2-klein"), quantization="auto", vram_budget="20GB", encoder_layers=layers)
+        held[layers] = pipe.quantization_report["text_encoder"].bytes_after
+        planned = next(part for part in pipe._recorder.plan.components if part.name == "text_encoder")
+        assert held[layers] == pytest.approx(planned.weights, rel=0.01)
+    assert held[None] == held["read"] < held["all"]
+
+
+def test_a_file_that_the_configuration_names_is_not_planned_around(tiny, tmp_path):
+    (tmp_path / "config.toml").write_text('[z_image]\ntransformer_file = "x.safetensors"\n')
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        load_pipeline(tiny("z-image"), quantization="auto", vram_budget="20GB", config=tmp_path / "config.toml")
+
+
 def test_a_plan_is_loaded_with_the_methods_that_it_names(tiny):
     plan = make_plan(str(tiny("z-image")), 20 * 10**9, get_card("rtx-3060"), fixed={"transformer": "int8", "encoder": "int4"})
     keywords = plan_keywords(plan)
