@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from llm_dit import load_pipeline
 from llm_dit.bench.calibrate import components_of
 from llm_dit.cli import app
 from llm_dit.decoding import WHOLE
@@ -202,3 +203,20 @@ def test_a_folder_is_planned_as_it_was_saved(tiny, tmp_path):
     read = load_pipeline(tmp_path, encoder_layers="read").quantization_report
     for part in one.components:
         assert part.weights == pytest.approx(read[part.name].bytes_after, rel=0.01)
+
+
+def test_a_quantized_repository_is_planned_as_what_lies_in_the_cache(tiny, tmp_path):
+    snapshot = tmp_path / "models--me--int8" / "snapshots" / ("0" * 40)
+    pipe = load_pipeline(tiny("flux2-klein"), quantization={"transformer": "int8", "encoder": "int4"})
+    pipe.save_pretrained(snapshot)
+    (tmp_path / "models--me--int8" / "refs").mkdir()
+    (tmp_path / "models--me--int8" / "refs" / "main").write_text("0" * 40)
+    cache = {"cache_dir": str(tmp_path), "local_files_only": True}
+    plan = make_plan("me/int8", 20 * 10**9, get_card("rtx-3060"), encoder_layers="all", **cache)
+    for part in plan.components:
+        assert part.weights == pytest.approx(pipe.quantization_report[part.name].bytes_after, rel=0.01)
+    for file in (snapshot / "transformer").glob("*.safetensors"):
+        file.unlink()
+    pipeline_sizes.cache_clear()
+    with pytest.raises(ValueError, match=r"transformer was saved quantized, .* download them first"):
+        make_plan("me/int8", 20 * 10**9, get_card("rtx-3060"), **cache)
