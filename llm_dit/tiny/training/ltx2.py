@@ -84,7 +84,7 @@ class Ltx2Course(Course):
     }
     text_length = models.TEXT_LENGTH
     template = "{}"
-    amounts = Amounts(vae_minutes=5, minutes=8, vae_batch=32, batch=256)
+    amounts = Amounts(vae_minutes=5, minutes=8, vae_batch=32, batch=256, muon=6e-3)
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 

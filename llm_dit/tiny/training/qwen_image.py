@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..qwen_image import VISION, VISION_TOKENS
-from .course import SHIFT, Plan, deviations, initialized, tokenizer
+from .course import SHIFT, Amounts, Plan, deviations, initialized, tokenizer
 from .data import Drawn
 from .pictures import PictureCourse
 
@@ -35,6 +35,7 @@ class QwenImageCourse(PictureCourse):
 
     name = "qwen-image"
     call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0, "negative_prompt": ""}
+    amounts = Amounts(muon=6e-3)
     text_length = DROPPED + 18
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
