@@ -47,33 +47,8 @@ ActivationScale = Annotated[str | None, typer.Option(help="dynamic, or static: t
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _load_keywords(
-    quantization: str | None,
-    transformer: str | None,
-    encoder: str | None,
-    vae: str | None,
-    granularity: str | None,
-    backend: str | None,
-    skip: list[str] | None,
-    config: str | None,
-    transformer_file: str | None = None,
-    encoder_file: str | None = None,
-    activation_scale: str | None = None,
-) -> dict[str, Any]:
-    """The keyword arguments of `from_pretrained` that were given."""
-    keywords = {
-        "quantization": quantization,
-        "quantization_transformer": transformer,
-        "quantization_encoder": encoder,
-        "quantization_vae": vae,
-        "quantization_granularity": granularity,
-        "quantization_backend": backend,
-        "quantization_skip": skip or None,
-        "config": config,
-        "transformer_file": transformer_file,
-        "encoder_file": encoder_file,
-        "activation_scale": activation_scale,
-    }
+def _given(**keywords: Any) -> dict[str, Any]:
+    """Of keyword arguments, those that were given."""
     return {name: value for name, value in keywords.items() if value is not None}
 
 
@@ -134,23 +109,24 @@ def generate(
         raise ValueError(f"{source!r} holds a {found.title} pipeline: use pipelines/{found.name}.py or llm-dit generate")
     if frames and not found.generation.video:
         raise ValueError(f"{source!r} makes pictures, and --frames is for clips: leave it out")
-    load = _load_keywords(
-        quantization,
-        quantization_transformer,
-        quantization_encoder,
-        quantization_vae,
-        quantization_granularity,
-        quantization_backend,
-        skip,
-        config,
-        transformer_file,
-        encoder_file,
-        activation_scale,
-    )
     if compile_mode and compile is False:
         raise ValueError("--compile-mode says how to compile, and --no-compile not to: leave one out")
-    more = {"compile": True if compile_mode else compile, "compile_mode": compile_mode, "vram_budget": vram}
-    load |= {name: value for name, value in more.items() if value is not None}
+    load = _given(
+        quantization=quantization,
+        quantization_transformer=quantization_transformer,
+        quantization_encoder=quantization_encoder,
+        quantization_vae=quantization_vae,
+        quantization_granularity=quantization_granularity,
+        quantization_backend=quantization_backend,
+        quantization_skip=skip or None,
+        config=config,
+        transformer_file=transformer_file,
+        encoder_file=encoder_file,
+        activation_scale=activation_scale,
+        compile=True if compile_mode else compile,
+        compile_mode=compile_mode,
+        vram_budget=vram,
+    )
     call = {
         "negative_prompt": negative_prompt,
         "height": height,
@@ -224,7 +200,15 @@ def quantize(
         raise ValueError("--quantization auto plans for the card at hand: to save, name a method, e.g. int8")
     if before := quantized_in(model):
         raise ValueError(f"{model} is quantized already ({', '.join(before)}): give the bf16 model")
-    load = _load_keywords(*methods, quantization_granularity, None, skip, config)
+    load = _given(
+        quantization=quantization,
+        quantization_transformer=quantization_transformer,
+        quantization_encoder=quantization_encoder,
+        quantization_vae=quantization_vae,
+        quantization_granularity=quantization_granularity,
+        quantization_skip=skip or None,
+        config=config,
+    )
     pipe = load_pipeline(model, torch_dtype=torch.bfloat16, **load)
     if all(report.method == "none" for report in pipe.quantization_report):
         raise ValueError(

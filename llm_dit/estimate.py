@@ -199,8 +199,9 @@ def _published_makers(model: Published) -> dict[str, Maker]:
 def _from_config(path: Path, library: str, class_name: str, dtype: torch.dtype) -> tuple[nn.Module, int]:
     """A component on meta from its saved configuration, and the bytes of its files if it was saved quantized."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    saved = _file_bytes(path) if was_quantized(config) else 0
-    if was_quantized(config) and not saved:
+    quantized = was_quantized(config)
+    saved = _file_bytes(path) if quantized else 0
+    if quantized and not saved:
         raise ValueError(f"{path.name} was saved quantized, and its weights are not here to be counted: download them first")
     with torch.device("meta"):
         return build_empty(component_class(library, class_name), config, str(path.parent), path.name, dtype, {}), saved

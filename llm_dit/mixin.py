@@ -232,16 +232,17 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             reports = (inspect_component(n, self.component_role(n), model) for n, model in models_of(self).items())
             self._report = QuantizationReport(tuple(reports), detect_hardware().name)
         models = models_of(self)
-        parts = tuple(
-            inspect_component(part.name, part.role, models[part.name], came="quantized after it was loaded")
-            if part.method == "none" and quantized_by(models.get(part.name, nn.Identity()))
-            else part
+        later = {
+            part.name: inspect_component(part.name, part.role, models[part.name], came="quantized after it was loaded")
             for part in self._report
-        )
+            if part.method == "none" and part.name in models and quantized_by(models[part.name])
+        }
+        if later:
+            self._report = replace(self._report, components=tuple(later.get(part.name, part) for part in self._report))
         told = [f"{name}: {line}" for name, model in models.items() for line in told_of_decoding(model)]
         if self._recorder is not None:
             told += self._recorder.lines({part.name: part.bytes_after for part in self._report})
-        return replace(self._report, components=parts, notes=(*self._report.notes, *told))
+        return replace(self._report, notes=(*self._report.notes, *told)) if told else self._report
 
     @property
     def planned(self) -> bool:
@@ -258,11 +259,12 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
             pipe = super().from_pipe(pipeline, **kwargs)
         finally:
             KEEP_DTYPES.reset(token)
-        known = {report.name: report for report in getattr(pipeline, "quantization_report", ())}
-        before = models_of(pipeline)
+        before, models = models_of(pipeline), models_of(pipe)
+        reported = getattr(pipeline, "quantization_report", ())
+        known = {report.name: report for report in reported if before.get(report.name) is models.get(report.name)}
         reports = [
-            known[name] if name in known and before[name] is model else inspect_component(name, cls.component_role(name), model)
-            for name, model in models_of(pipe).items()
+            known[name] if name in known else inspect_component(name, cls.component_role(name), model)
+            for name, model in models.items()
         ]
         pipe._report = QuantizationReport(tuple(reports), detect_hardware().name)
         pipe._turns = getattr(pipeline, "_turns", None)

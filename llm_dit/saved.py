@@ -24,10 +24,14 @@ def layerwise_mark(skip: Sequence[str]) -> dict[str, Any]:
 
 def layerwise_skip(saved: Mapping[str, Any]) -> tuple[str, ...]:
     """The patterns that a component was cast layerwise without; none in folders that say no more than that it was cast."""
-    mark = saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}")
+    mark = _mark(saved)
     return tuple(mark["skip"]) if isinstance(mark, Mapping) else ()
 
 
 def was_layerwise(saved: Mapping[str, Any]) -> bool:
     """True if a component's config.json says that it was saved with layerwise casting."""
-    return bool(saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}"))
+    return bool(_mark(saved))
+
+
+def _mark(saved: Mapping[str, Any]) -> Any:
+    return saved.get(LAYERWISE_KEY) or saved.get(f"_{LAYERWISE_KEY}")

@@ -395,6 +395,10 @@ def test_a_siblings_own_component_has_a_report_of_its_own(folder):
     other = load_pipeline(folder, torch_dtype=BF16).transformer
     sibling = QuantizableZImageImg2ImgPipeline.from_pipe(pipe, transformer=other)
     assert sibling.quantization_report["transformer"].method == "none"
+    encoder = pipe.text_encoder
+    pipe.text_encoder = None  # as encode_then_free leaves it
+    sibling = QuantizableZImageImg2ImgPipeline.from_pipe(pipe, text_encoder=encoder)
+    assert sibling.quantization_report["text_encoder"].method == "none"
 
 
 def test_a_part_of_the_encoder_does_not_go_with_diffusers_quantization(folder):

@@ -43,10 +43,9 @@ class KleinCourse(PictureCourse):
         "max_sequence_length": 32,
         "text_encoder_out_layers": LAYERS,
     }
+    amounts = Amounts(minutes=18)
     text_length = 32
     template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-
-    amounts = Amounts(minutes=18)
 
     def build(self) -> DiffusionPipeline:
         transformer = initialized(
