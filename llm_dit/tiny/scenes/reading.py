@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,29 @@ _LIMIT: Final = (RADII["small"][1] + RADII["large"][0]) / 2
 """Radius between small and large."""
 
 
+def _moments(shape: str) -> tuple[float, float]:
+    """The area of a shape in squares of its radius, and how far below its place its centre of mass is, in radii."""
+    radius = SIDE / 2 - 1
+    drawn = shape_mask(shape, SIDE / 2, SIDE / 2, radius)
+    rows = np.arange(SIDE) + 0.5 - SIDE / 2
+    return float(drawn.sum() / radius**2), float(drawn.sum(axis=1) @ rows / drawn.sum() / radius)
+
+
+_MOMENTS: Final = {shape: _moments(shape) for shape in SHAPES}
+
+
+class _Fit(NamedTuple):
+    """A shape laid over a thing: its place and radius in pixels, and intersection over union."""
+
+    x: float
+    y: float
+    radius: float
+    overlap: float
+
+
 @dataclass(frozen=True)
 class Found:
-    """A thing in a picture, with its centre and radius in pixels and how well the shape fits (intersection over union)."""
+    """A thing in a picture, with its place and radius in pixels and how well the shape fits (intersection over union)."""
 
     thing: Thing
     x: float
@@ -57,10 +77,11 @@ def read(picture: np.ndarray) -> list[Found]:
     if picture.shape != (SIDE, SIDE, 3):
         raise ValueError(f"a picture of a scene is [{SIDE}, {SIDE}, 3], not {list(picture.shape)}")
     channels = picture.astype(np.float64)
-    colourful = channels.max(axis=-1) - channels.min(axis=-1) > COLOURFUL
+    saturation = channels.max(axis=-1) - channels.min(axis=-1)
+    colourful = saturation > COLOURFUL
     labels = _components(colourful)
     masks = [labels == label for label in np.unique(labels[colourful])]
-    found = [_found(mask, channels) for mask in masks if mask.sum() >= _SMALLEST]
+    found = [_found(_covered(mask, saturation), channels) for mask in masks if mask.sum() >= _SMALLEST]
     return sorted(found, key=lambda one: -one.radius)
 
 
@@ -99,24 +120,31 @@ def _components(mask: np.ndarray) -> np.ndarray:
         labels = spread
 
 
+def _covered(mask: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+    """What a thing covers by half or more: a soft edge of a bright colour is colourful before it is half of the thing."""
+    covered: np.ndarray = mask & (saturation >= np.median(saturation[mask]) / 2)
+    return covered
+
+
 def _found(mask: np.ndarray, channels: np.ndarray) -> Found:
-    rows, columns = np.nonzero(mask)
     colour = _nearest_hue(np.median(channels[mask], axis=0))
-    top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-    radius, x, y = (right - left) / 2, (left + right) / 2, (top + bottom) / 2
-    fits = {shape: _fit(mask, shape, x, y, radius) for shape in SHAPES}
-    shape = max(fits, key=lambda name: fits[name])
-    if shape == "square":
-        radius /= 0.88
-    return Found(Thing("small" if radius < _LIMIT else "large", colour, shape), x, y, radius, fits[shape])
+    fits = {shape: _fit(mask, shape) for shape in SHAPES}
+    shape = max(fits, key=lambda name: fits[name].overlap)
+    fit = fits[shape]
+    size = "small" if fit.radius < _LIMIT else "large"
+    return Found(Thing(size, colour, shape), fit.x, fit.y, fit.radius, fit.overlap)
 
 
-def _fit(mask: np.ndarray, shape: str, x: float, y: float, radius: float) -> float:
-    """Intersection over union of `mask` with a shape that fills the same box."""
-    scale = 1 / 0.88 if shape == "square" else 1.0
-    lift = 0.1 * radius if shape == "triangle" else 0.0  # a triangle's box is not centred on it
-    wanted = shape_mask(shape, x, y + lift, radius * scale)
-    return float(np.minimum(mask, wanted).sum() / np.maximum(mask, wanted).sum())
+def _fit(mask: np.ndarray, shape: str) -> _Fit:
+    """The place and radius at which a shape has the area and the centre of mass of `mask`: it overlaps best there or nearly so,
+    also where `mask` is a little longer than wide, of which a box would take one side.
+    """
+    area, below = _MOMENTS[shape]
+    radius = float(np.sqrt(mask.sum() / area))
+    rows, columns = np.nonzero(mask)
+    x, y = float(columns.mean() + 0.5), float(rows.mean() + 0.5 - below * radius)
+    wanted = shape_mask(shape, x, y, radius)
+    return _Fit(x, y, radius, float(np.minimum(mask, wanted).sum() / np.maximum(mask, wanted).sum()))
 
 
 def _nearest_hue(colour: np.ndarray) -> str:
