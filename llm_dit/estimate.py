@@ -23,6 +23,7 @@ from .loader import names_repository, read_json
 from .mixin import QuantizablePipelineMixin, diffusers_class
 from .names import first_line, nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
+from .quantization.filters import VAE_METHODS
 from .saved import was_quantized
 
 
@@ -224,7 +225,7 @@ def estimate_component(
     """The bytes of a component on meta under every method that can be used on it."""
     methods = {}
     for method in VALID_METHODS:
-        if role == "vae" and method not in ("none", "int8"):
+        if role == "vae" and method not in VAE_METHODS:
             continue
         estimate = estimate_memory(model, method, role, granularity, skip_patterns, dtype)
         if estimate.quantized_layers or METHODS[method].make_config is None:

@@ -8,8 +8,7 @@ is made here once too, so that a measured forward does what a step of the pipeli
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -17,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from ..building import default_dtype
 from ..families import get_family, published_models
 from ..forwards import Keywords, Size
 
@@ -58,7 +58,7 @@ def random_model(make: Callable[[], nn.Module], device: torch.device, seed: int 
 
     Constructed there, not on meta and emptied: some models keep tables that are neither parameters nor buffers.
     """
-    with _bfloat16_default(), torch.device(device):
+    with default_dtype(torch.bfloat16), torch.device(device):
         model = make().to(device)  # which a tiny one, made before, is not yet on
     if device.type != "meta":
         generator = torch.Generator(device).manual_seed(seed)
@@ -69,16 +69,6 @@ def random_model(make: Callable[[], nn.Module], device: torch.device, seed: int 
                 std = STD / len(residual) ** 0.5 if name in residual else STD
                 parameter.normal_(float(norm), 0.05 if norm else std, generator=generator)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _bfloat16_default() -> Iterator[None]:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _build_published(name: str, device: torch.device) -> nn.Module:

@@ -72,11 +72,6 @@ class Layout:
         return {**{key: weight.entry for key, weight in self.fp8.items()}, **self.dense}
 
     @property
-    def scaled(self) -> bool:
-        """True if fp8 weights have scales."""
-        return any(weight.scale for weight in self.fp8.values())
-
-    @property
     def static(self) -> bool:
         """True if the file has scales of activations."""
         return any(weight.input_scale for weight in self.fp8.values())

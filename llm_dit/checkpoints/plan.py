@@ -58,7 +58,6 @@ class Plan:
         kept: names of the parameters that stay in the file's fp8.
         dequantized: names of the parameters that the file holds in fp8 and the model in 16 bits.
         scales: the values of all scales of the file that are used, by their names in it: float32, [rows or 1].
-        absent: names of parameters that the file leaves out and nothing reads.
         notes: what a user should know.
     """
 
@@ -69,7 +68,6 @@ class Plan:
     kept: set[str] = field(default_factory=set)
     dequantized: list[str] = field(default_factory=list)
     scales: dict[str, Tensor] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,7 +88,7 @@ def plan_component(model: nn.Module, layout: Layout, part: Part, wanted: Wanted)
     expected = model.state_dict()
     pieces = {name: found for name, found in pieces.items() if name in expected}
     keeps_fp8 = wanted.method.fp8 and any(layout.stays_fp8(piece.key) for found in pieces.values() for piece in found)
-    plan = Plan(layout, wanted, pieces, [], absent=absent)
+    plan = Plan(layout, wanted, pieces, [])
     if removed:
         plan.notes.append(f"left out, because the file does not hold it and nothing reads it: {', '.join(removed)}")
     if keeps_fp8:

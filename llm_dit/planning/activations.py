@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..building import default_dtype
 from ..decoding import WHOLE, WORKSPACE, Cut, FittedDecode
 from ..forwards import Forwards, Size, noise
 from ..quantization import VALID_METHODS, get_method
@@ -45,13 +46,8 @@ def shortened(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 def make_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     """The model in bfloat16 without memory."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with _META:
-            return make().eval()
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(torch.bfloat16), _META:
+        return make().eval()
 
 
 def run_of(model: Any, component: str, phase: str, forwards: Forwards, size: Size, device: torch.device) -> Callable[[], Any]:

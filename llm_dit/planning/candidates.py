@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from ..quantization.filters import VAE_METHODS
+from ..quantization.speed_note import SIXTEEN_BIT_TIME
 from .card import Card
 
 
@@ -56,9 +58,9 @@ SMALL_VAE_BYTES: Final = 1024**3
 
 STEP_TIMES: Final[Mapping[str, float]] = {
     "none": 1.0,
-    "int8": 1.04,
-    "fp8-weight-only": 1.04,
-    "int4": 1.04,
+    "int8": SIXTEEN_BIT_TIME,
+    "fp8-weight-only": SIXTEEN_BIT_TIME,
+    "int4": SIXTEEN_BIT_TIME,
     "fp8-dynamic": 0.76,
 }
 """Seconds of a step, bf16 without a compiler being 1: klein-9B on an H200 (`benchmarks/results/speed-h200.json`)."""
@@ -125,7 +127,7 @@ def candidates(card: Card, vae_bytes: int, has_fragile: bool) -> list[Candidate]
         for encoder in LOSSES["encoder"]:
             if refusal(transformer, card) or refusal(encoder, card):
                 continue
-            for vae in ("none", "int8") if vae_bytes >= SMALL_VAE_BYTES else ("none",):
+            for vae in VAE_METHODS if vae_bytes >= SMALL_VAE_BYTES else ("none",):
                 for offload in PLACEMENTS:
                     if offload == "group" and "none" in (transformer, encoder):
                         continue  # twice the bytes over the bus in every step, and twice the host's memory

@@ -19,6 +19,9 @@ from torchao.core.config import AOBaseConfig
 from .methods import Method
 from .torchao_tensors.int8_conv import Int8ConvConfig
 
+VAE_METHODS: Final = ("none", "int8")
+"""See `vae_refusal`."""
+
 COMPONENT_SKIPS: Final[Mapping[str, tuple[str, ...]]] = {
     "encoder": ("embed_tokens", "*norm*", "lm_head", "rotary_emb"),
     "transformer": ("*norm*",),
@@ -81,7 +84,7 @@ def decide_layers(
     model: nn.Module, method: Method, component_type: str, granularity: str, skip_patterns: Sequence[str] = ()
 ) -> list[Layer]:
     """Every layer of `model` (which may be on meta) with its configuration or the reason to leave it alone."""
-    if component_type == "vae" and method.name not in ("none", "int8"):
+    if component_type == "vae" and method.name not in VAE_METHODS:
         raise ValueError(vae_refusal(method.name))
     owners = _weight_owners(model)
     layers = []

@@ -27,7 +27,7 @@ from torchao.quantization import (
 from ..names import nearest
 from .torchao_tensors.float8 import Float8StreamConfig
 from .torchao_tensors.fused import ZERO_ROW_BOUND
-from .torchao_tensors.int4 import GROUP_SIZE, SMALLEST_GROUP, Int4GroupConfig, Int4GroupTensor
+from .torchao_tensors.int4 import SMALLEST_GROUP, Int4GroupConfig, Int4GroupTensor
 from .torchao_tensors.int8 import Int8StreamConfig
 from .torchao_tensors.int8_conv import Int8ConvTensor
 
@@ -40,7 +40,6 @@ class Method:
 
     Attributes:
         name: the string users write.
-        summary: what it does, in a few words.
         bytes_per_weight: storage of one quantized weight, scales excluded.
         make_config: from a granularity, the torchao configuration that our handlers take; None leaves the model as it
             is.
@@ -55,7 +54,6 @@ class Method:
     """
 
     name: str
-    summary: str
     bytes_per_weight: float
     make_config: Callable[[str], AOBaseConfig] | None = None
     make_stock_config: Callable[[str], AOBaseConfig] | None = None
@@ -72,10 +70,9 @@ class Method:
 
 
 _ROWS: Final = (
-    Method("none", "bf16, nothing is quantized", 2),
+    Method("none", 2),
     Method(
         "fp8-dynamic",
-        "fp8 weights and activations, multiplied on the tensor cores",
         1,
         make_config=lambda granularity: Float8StreamConfig(granularity=granularity, dynamic=True),
         make_stock_config=lambda granularity: Float8DynamicActivationFloat8WeightConfig(
@@ -91,7 +88,6 @@ _ROWS: Final = (
     ),
     Method(
         "fp8-weight-only",
-        "fp8 weights, 16-bit compute",
         1,
         make_config=lambda granularity: Float8StreamConfig(granularity=granularity, dynamic=False),
         make_stock_config=lambda granularity: Float8WeightOnlyConfig(
@@ -103,7 +99,6 @@ _ROWS: Final = (
     ),
     Method(
         "int8",
-        "int8 weights, 16-bit compute, any device",
         1,
         make_config=lambda granularity: Int8StreamConfig(),
         make_stock_config=lambda granularity: Int8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False),
@@ -113,7 +108,6 @@ _ROWS: Final = (
     ),
     Method(
         "int4",
-        f"int4 weights in asymmetric groups of {GROUP_SIZE} at most, 16-bit compute, most compression",
         0.5,
         make_config=lambda granularity: Int4GroupConfig(),
         holds=lambda weight: isinstance(weight, Int4GroupTensor),

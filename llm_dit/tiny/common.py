@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..building import default_dtype
+
 SIZE = 64
 """Side of every picture in pixels: the least that FLUX.2 and Omni accept as a reference."""
 
@@ -42,13 +44,8 @@ def bfloat16_construction() -> Iterator[None]:
     Constructed, not cast: `from_pretrained` does the same, so that buffers which no checkpoint stores are rounded alike and a
     reloaded model is the built one, bit for bit.
     """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    with default_dtype(torch.bfloat16), torch.random.fork_rng(devices=[]), torch.no_grad():
+        yield
 
 
 def seeded(make: Callable[[], Any], seed: int) -> Any:

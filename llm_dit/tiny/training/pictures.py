@@ -30,12 +30,8 @@ class PictureCourse(Course, Coding):
         return to_float(drawn)
 
     def error(self, found: Tensor, wanted: Tensor) -> Tensor:
-        """Absolute; pixels that are coloured, or should be, count several times. The weights' mean is 1, as beside them the
-        divergence from the prior has a weight of its own.
-        """
-        coloured = torch.maximum(_saturation(found.detach()), _saturation(wanted)) > COLOURFUL / 127.5
-        weight = 1 + _COLOURED * coloured
-        return ((found - wanted).abs() * weight).mean() / weight.mean()
+        """Absolute; pixels that are coloured, or should be, count several times."""
+        return ((found - wanted).abs() * colour_weights(found, wanted)).mean()
 
     def latents(self, pipe: Any, drawn: Drawn, plan: Plan) -> Tensor:
         pictures = drawn.on("pictures", plan.device)
@@ -57,6 +53,16 @@ class PictureCourse(Course, Coding):
         return sum(scenes.score(picture, scene.caption).whole for picture, scene in zip(found, wanted, strict=True)) / count
 
 
+def colour_weights(found: Tensor, wanted: Tensor) -> Tensor:
+    """What an error counts in each pixel, [B, 1, ...], of pictures or clips [B, 3, ...] in -1..1.
+
+    Their mean is 1, as beside them the divergence from the prior has a weight of its own.
+    """
+    coloured = torch.maximum(_saturation(found.detach()), _saturation(wanted)) > COLOURFUL / 127.5
+    weights = 1 + _COLOURED * coloured
+    return weights / weights.mean()
+
+
 def _saturation(pictures: Tensor) -> Tensor:
-    """Largest minus smallest channel, [B, 1, H, W], of pictures [B, 3, H, W]."""
+    """Largest minus smallest channel, [B, 1, ...], of pictures or clips [B, 3, ...]."""
     return pictures.amax(dim=1, keepdim=True) - pictures.amin(dim=1, keepdim=True)
