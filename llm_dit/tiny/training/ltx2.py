@@ -87,7 +87,7 @@ class Ltx2Course(Course):
     }
     text_length = models.TEXT_LENGTH
     template = "{}"
-    amounts = Amounts(vae_minutes=8, minutes=13, vae_batch=32, batch=256, muon=6e-3)
+    amounts = Amounts(vae_minutes=8, minutes=13, vae_batch=32, batch=256)
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 

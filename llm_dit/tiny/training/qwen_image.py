@@ -35,7 +35,7 @@ class QwenImageCourse(PictureCourse):
 
     name = "qwen-image"
     call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0, "negative_prompt": ""}
-    amounts = Amounts(muon=6e-3)
+    amounts = Amounts(vae_minutes=3, minutes=19)
     text_length = DROPPED + 18
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
