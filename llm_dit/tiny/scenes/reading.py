@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
@@ -18,26 +19,6 @@ _SMALLEST: Final = 60
 """Pixels of a thing; less is a speck."""
 _LIMIT: Final = (RADII["small"][1] + RADII["large"][0]) / 2
 """Radius between small and large."""
-
-
-def _moments(shape: str) -> tuple[float, float]:
-    """The area of a shape in squares of its radius, and how far below its place its centre of mass is, in radii."""
-    radius = SIDE / 2 - 1
-    drawn = shape_mask(shape, SIDE / 2, SIDE / 2, radius)
-    rows = np.arange(SIDE) + 0.5 - SIDE / 2
-    return float(drawn.sum() / radius**2), float(drawn.sum(axis=1) @ rows / drawn.sum() / radius)
-
-
-_MOMENTS: Final = {shape: _moments(shape) for shape in SHAPES}
-
-
-class _Fit(NamedTuple):
-    """A shape laid over a thing: its place and radius in pixels, and intersection over union."""
-
-    x: float
-    y: float
-    radius: float
-    overlap: float
 
 
 @dataclass(frozen=True)
@@ -128,23 +109,29 @@ def _covered(mask: np.ndarray, saturation: np.ndarray) -> np.ndarray:
 
 def _found(mask: np.ndarray, channels: np.ndarray) -> Found:
     colour = _nearest_hue(np.median(channels[mask], axis=0))
-    fits = {shape: _fit(mask, shape) for shape in SHAPES}
-    shape = max(fits, key=lambda name: fits[name].overlap)
-    fit = fits[shape]
-    size = "small" if fit.radius < _LIMIT else "large"
-    return Found(Thing(size, colour, shape), fit.x, fit.y, fit.radius, fit.overlap)
+    return max((_laid(mask, shape, colour) for shape in SHAPES), key=lambda one: one.fit)
 
 
-def _fit(mask: np.ndarray, shape: str) -> _Fit:
-    """The place and radius at which a shape has the area and the centre of mass of `mask`: it overlaps best there or nearly so,
-    also where `mask` is a little longer than wide, of which a box would take one side.
+def _laid(mask: np.ndarray, shape: str, colour: str) -> Found:
+    """A shape where it has the area and the centre of mass of `mask`: it overlaps best there or nearly so, also where `mask` is
+    a little longer than wide, of which a box would take one side.
     """
-    area, below = _MOMENTS[shape]
+    area, below = _moments(shape)
     radius = float(np.sqrt(mask.sum() / area))
     rows, columns = np.nonzero(mask)
     x, y = float(columns.mean() + 0.5), float(rows.mean() + 0.5 - below * radius)
     wanted = shape_mask(shape, x, y, radius)
-    return _Fit(x, y, radius, float(np.minimum(mask, wanted).sum() / np.maximum(mask, wanted).sum()))
+    fit = float(np.minimum(mask, wanted).sum() / np.maximum(mask, wanted).sum())
+    return Found(Thing("small" if radius < _LIMIT else "large", colour, shape), x, y, radius, fit)
+
+
+@cache
+def _moments(shape: str) -> tuple[float, float]:
+    """The area of a shape in squares of its radius, and how far below its place its centre of mass is, in radii."""
+    radius = SIDE / 2 - 1
+    drawn = shape_mask(shape, SIDE / 2, SIDE / 2, radius)
+    rows = np.arange(SIDE) + 0.5 - SIDE / 2
+    return float(drawn.sum() / radius**2), float(drawn.sum(axis=1) @ rows / drawn.sum() / radius)
 
 
 def _nearest_hue(colour: np.ndarray) -> str:
