@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..load import load_pipeline, pipeline_class_of
+from ..load import pipeline_class_of
 from ..names import check_name
 from ..quantization import METHODS, get_method
 from ..quantization.hardware import require_support
@@ -31,7 +31,7 @@ from ..tiny import scenes
 from ..writing import write_text
 from .layer_noise import layer_noise
 from .picture_metrics import METRICS, require_metrics
-from .pictures import batches, make
+from .pictures import batches, load, make
 from .results import Row
 
 REFERENCE: Final = "none"
@@ -140,18 +140,15 @@ def _measured(options: Options, method: str) -> Row:
 
 
 def _load(options: Options, method: str) -> Any:
-    cuda = torch.cuda.is_available()
     keywords: dict[str, Any] = {"torch_dtype": torch.float32 if method == "float32" else torch.bfloat16}
-    keywords |= {"device_map": "cuda"} if cuda else {}
     keywords |= {"compile": True} if method == "compile" else {}
     if method in METHODS and method != REFERENCE:
         keywords["quantization_transformer"] = method
-    pipe = load_pipeline(options.source, **keywords)
+    pipe = load(options.source, **keywords)
     if pipe.quantization_report["transformer"].method == "already_quantized":
         raise ValueError(
             f"{options.source!r} holds a quantized transformer: give the bf16 pipeline, to which the methods are applied"
         )
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

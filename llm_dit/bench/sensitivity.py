@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..load import load_pipeline
 from ..names import check_name
 from ..quantization import get_method
 from ..quantization.component import require_quantizable
@@ -30,7 +29,7 @@ from ..quantization.sizes import tensor_bytes
 from ..quantization.torchao_tensors.stream import quantize_weight
 from ..writing import write_text
 from .picture_metrics import psnr, require_metrics
-from .pictures import batches, make
+from .pictures import batches, load, make
 from .results import Row, read_rows
 
 GROUPINGS: Final = ("kind", "block")
@@ -85,9 +84,7 @@ class Sensitivity:
         require_metrics()
         self.options, self.method = options, get_method(options.method)
         check_name(options.by, GROUPINGS, "grouping")
-        device = {"device_map": "cuda"} if torch.cuda.is_available() else {}
-        self.pipe = load_pipeline(options.source, torch_dtype=torch.bfloat16, **device)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = load(options.source, torch_dtype=torch.bfloat16)
         layers = decide_layers(self.pipe.transformer, self.method, "transformer", "per-row")
         require_quantizable(layers, self.method, "transformer")
         self.layers = [layer for layer in layers if layer.config is not None]
