@@ -34,8 +34,8 @@ class QwenImageCourse(PictureCourse):
     """Width 96, and MLPs of 384."""
 
     name = "qwen-image"
-    call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0, "negative_prompt": ""}
-    amounts = Amounts(vae_minutes=3, minutes=19)
+    call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 2.5, "negative_prompt": ""}
+    amounts = Amounts(vae_minutes=4, minutes=20)
     text_length = DROPPED + 18
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
