@@ -87,9 +87,11 @@ class Coding(ABC):
 
     Attributes:
         name: what it is called in the output.
+        off: how far off latents are while it is trained; see `off_by_region`.
     """
 
     name: ClassVar[str]
+    off: ClassVar[float] = 0.0
 
     @abstractmethod
     def prepared(self, drawn: Tensor) -> Tensor:

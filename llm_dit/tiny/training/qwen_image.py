@@ -35,6 +35,7 @@ class QwenImageCourse(PictureCourse):
 
     name = "qwen-image"
     call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 2.5, "negative_prompt": ""}
+    off = 0.5
     amounts = Amounts(vae_minutes=4, minutes=20)
     text_length = DROPPED + 18
     template = (
