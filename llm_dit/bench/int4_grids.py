@@ -30,8 +30,9 @@ class Grid:
     Attributes:
         group: weights of a row that share a scale, at most.
         range: what the 16 values span: "mse" the share of smallest to largest with the least squared error, as the method int4
-            does; "minmax" all of it; "symmetric" around 0; "hqq" all of it, with the zero point that half-quadratic splitting
-            finds (Badri and Shaji, 2023: mobiusml.github.io/hqq_blog).
+            does; "regression" that, moved and stretched to what fits the rounded values best; "minmax" all of it;
+            "symmetric" around 0; "hqq" all of it, with the zero point that half-quadratic splitting finds (Badri and Shaji,
+            2023: mobiusml.github.io/hqq_blog).
         rank: of a correction U V in bfloat16 beside the weight, the best for its error (LQER, arXiv:2402.02446); 0 is none.
     """
 
@@ -72,6 +73,7 @@ GRIDS: Final = (
     Grid(32, "mse"),
     Grid(16, "mse"),
     Grid(8, "mse"),
+    Grid(128, "regression"),
     Grid(128, "mse", rank=4),
 )
 
@@ -128,6 +130,19 @@ def _mse(grouped: Tensor) -> Tensor:
     return _snapped(grouped, low, step)
 
 
+def _regression(grouped: Tensor, rounds: int = 3) -> Tensor:
+    """Each round fits a line to weights over their values, by least squares, and rounds to that: the error only falls."""
+    low, step = (part.float().unsqueeze(-1) for part in fitted_range(grouped, torch.bfloat16))
+    for _ in range(rounds):
+        values = ((grouped - low) / step).round().clamp(0, 15)
+        middle = values.mean(-1, keepdim=True)
+        spread = (values - middle).square().sum(-1, keepdim=True)
+        slope = ((values - middle) * grouped).sum(-1, keepdim=True) / spread.clamp(min=1.0)
+        step = torch.where(spread > 0, slope, step).bfloat16().float()
+        low = (grouped.mean(-1, keepdim=True) - step * middle).bfloat16().float()
+    return _snapped(grouped, low, step)
+
+
 def _hqq(grouped: Tensor, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Tensor:
     """With the parameters of the authors' implementation."""
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
@@ -147,5 +162,6 @@ _RANGES: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "minmax": _minmax,
     "symmetric": _symmetric,
     "mse": _mse,
+    "regression": _regression,
     "hqq": _hqq,
 }

@@ -33,9 +33,16 @@ def test_what_is_made_for_less_error_has_less(seed):
     weight = random(seed=seed)
     plain = error(Grid(128, "minmax"), weight)
     assert error(Grid(128, "mse"), weight) <= plain
+    assert error(Grid(128, "regression"), weight) < error(Grid(128, "mse"), weight)
     assert error(Grid(64, "minmax"), weight) < plain
     assert error(Grid(64, "minmax"), weight) < error(Grid(64, "symmetric"), weight)
     assert error(Grid(128, "mse", rank=4), weight) < error(Grid(128, "mse"), weight)
+
+
+def test_a_group_of_equal_weights_stays_what_it_is():
+    weight = torch.full((2, 128), 0.5)
+    for grid in (Grid(128, "mse"), Grid(128, "regression")):
+        assert torch.equal(grid.apply(weight), weight)
 
 
 @pytest.mark.parametrize(
