@@ -113,7 +113,11 @@ def _between(grouped: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _snapped(grouped: Tensor, low: Tensor, step: Tensor) -> Tensor:
-    return ((grouped - low) / step).round().clamp(0, 15) * step + low
+    return _values(grouped, low, step) * step + low
+
+
+def _values(grouped: Tensor, low: Tensor, step: Tensor) -> Tensor:
+    return ((grouped - low) / step).round().clamp(0, 15)
 
 
 def _minmax(grouped: Tensor) -> Tensor:
@@ -126,15 +130,20 @@ def _symmetric(grouped: Tensor) -> Tensor:
 
 
 def _mse(grouped: Tensor) -> Tensor:
-    low, step = (part.float().unsqueeze(-1) for part in fitted_range(grouped, torch.bfloat16))
-    return _snapped(grouped, low, step)
+    return _snapped(grouped, *_fitted(grouped))
+
+
+def _fitted(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest value and the step that the method int4 chooses, both [N, groups, 1]."""
+    low, step = fitted_range(grouped, torch.bfloat16)
+    return low.float().unsqueeze(-1), step.float().unsqueeze(-1)
 
 
 def _regression(grouped: Tensor, rounds: int = 3) -> Tensor:
-    """Each round fits a line to weights over their values, by least squares, and rounds to that: the error only falls."""
-    low, step = (part.float().unsqueeze(-1) for part in fitted_range(grouped, torch.bfloat16))
+    """Each round fits a line to weights over their values, by least squares, and takes the values nearest to that."""
+    low, step = _fitted(grouped)
     for _ in range(rounds):
-        values = ((grouped - low) / step).round().clamp(0, 15)
+        values = _values(grouped, low, step)
         middle = values.mean(-1, keepdim=True)
         spread = (values - middle).square().sum(-1, keepdim=True)
         slope = ((values - middle) * grouped).sum(-1, keepdim=True) / spread.clamp(min=1.0)

@@ -31,8 +31,8 @@ _CLIP_RATE: Final = 6e-4
 _NOISE: Final = 1e-3
 """Deviation of the noise that the channels of a trained autoencoder share. A channel of 0.02 still tells shapes: with those below
 0.05 left as small as they are, of the captions of a trained model motion and colour were right in all, and the shape in 45 %."""
-_OFF: Final = 0.2
-"""Noise, in deviations of each channel, through which reconstructions are read: a denoised latent is no more exact than that."""
+_READ_THROUGH: Final = 0.2
+"""Noise, in deviations of each channel, through which reconstructions are read: denoised latents are not exact either."""
 _SOUND_SHARE: Final = 0.05
 """Of the autoencoder's minutes, for the autoencoder of the sound, and for the vocoder: after 15 seconds of each on an H200 100 of
 100 pitches are read right."""
@@ -138,8 +138,8 @@ class Ltx2Course(Course):
             frames = torch.from_numpy(scenes.draw_clip(clip, generator)[None]).to(device)
             sound = torch.from_numpy(scenes.draw_tone(clip, generator)[None]).to(device)
             latents = self.seen.posterior(pipe.vae, to_float(frames))[0]
-            off = _OFF * torch.randn_like(latents) * pipe.vae.latents_std.view(1, -1, 1, 1, 1)
-            found = self.seen.decoded(pipe.vae, latents + off)
+            noise = _READ_THROUGH * pipe.vae.latents_std.view(1, -1, 1, 1, 1) * torch.randn_like(latents)
+            found = self.seen.decoded(pipe.vae, latents + noise)
             mel = self.heard.prepared(spectrograms(sound))
             wave = pipe.vocoder(self.heard.decoded(pipe.audio_vae, self.heard.posterior(pipe.audio_vae, mel)[0]))[0].cpu().numpy()
             scores.append(scenes.score_clip(to_bytes(found)[0], clip.caption, wave, pipe.vocoder.config.output_sampling_rate))
