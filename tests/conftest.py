@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 import transformers
 
+from llm_dit import cli
 from llm_dit.tiny import get
 
 torch.set_num_threads(1)
@@ -37,6 +40,14 @@ def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])
+
+
+def typed(*arguments, cwd: Path) -> tuple[int, str, str]:
+    """Runs `llm-dit` in this process, which has imported torch: its exit code, standard output and standard error."""
+    out, error = io.StringIO(), io.StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(error), pytest.raises(SystemExit) as ended:
+        cli._run(args=[str(argument) for argument in arguments])
+    return int(ended.value.code or 0), out.getvalue(), error.getvalue()
 
 
 def tensors_of(result) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generate
+from conftest import generate, typed
 from PIL import Image
 
 from llm_dit import load_pipeline
@@ -17,21 +17,30 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--device", "cpu"]
 
 
-def run(*arguments, script=None, code=0, cwd=ROOT):
-    """Runs `llm-dit` or a script; returns its standard output, or, for a failure, its standard error."""
-    command = [sys.executable, "-W", "ignore", *([str(ROOT / script)] if script else ["-m", "llm_dit.cli"]), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if code else done.stdout
+def run(*arguments, script=None, code=0, fresh=False):
+    """Runs `llm-dit` or a script; returns its standard output, or, for a failure, its standard error.
+
+    A script, and with `fresh` a command too, has a process of its own, which takes seconds to import what this one has.
+    """
+    if script or fresh:
+        command = [sys.executable, "-W", "ignore", *([str(ROOT / script)] if script else ["-m", "llm_dit.cli"])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        words = [*command, *map(str, arguments)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        found, out, error = done.returncode, done.stdout, done.stderr
+    else:
+        found, out, error = typed(*arguments, cwd=ROOT)
+    assert found == code, out + error
+    assert "Traceback" not in error
+    return error if code else out
 
 
 def test_help_needs_no_torch():
     code = "import sys, llm_dit.cli; assert not {'torch', 'diffusers', 'transformers', 'torchao'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert all(
-        command in run("--help") for command in ("generate", "quantize", "recommend", "estimate", "inspect", "demo", "bench")
+        command in run("--help", fresh=True)
+        for command in ("generate", "quantize", "recommend", "estimate", "inspect", "demo", "bench")
     )
 
 
@@ -119,6 +128,10 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tiny):
     assert message in last
 
 
+def test_a_mistake_ends_the_process_with_code_2():
+    assert run("generate", "a cat", code=2, fresh=True) == "error: which model? give --model a folder or a repository id\n"
+
+
 def test_a_script_refuses_another_familys_model(tiny):
     error = run("a cat", "--model", tiny("flux2-klein"), code=2, script="pipelines/z_image.py")
     assert "holds a FLUX.2 pipeline: use pipelines/flux2.py" in error
@@ -153,7 +166,7 @@ def test_inspect(tiny, tmp_path):
 
 
 def test_the_demo(tmp_path):
-    text = run("demo", "--folder", tmp_path / "demo", "--methods", "int4")
+    text = run("demo", "--folder", tmp_path / "demo", "--methods", "int4", fresh=True)
     assert Image.open(tmp_path / "demo" / "demo.png").width > 3 * 128
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert rows == ["method", "none", "int4"]
