@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import click
-import pytest
 import typer
 from conftest import typed
 from hypothesis import HealthCheck, given, settings
