@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..quantization.torchao_tensors.int4 import fitted_range, group_size_for
+from ..quantization.torchao_tensors.int4 import fitted_range, group_size_for, searched_range
 from ..tiny import scenes
 from .results import Row
 from .sensitivity import Sensitivity, relative
@@ -29,10 +29,9 @@ class Grid:
 
     Attributes:
         group: weights of a row that share a scale, at most.
-        range: what the 16 values span: "mse" the share of smallest to largest with the least squared error, as the method int4
-            does; "regression" that, moved and stretched to what fits the rounded values best; "minmax" all of it;
-            "symmetric" around 0; "hqq" all of it, with the zero point that half-quadratic splitting finds (Badri and Shaji,
-            2023: mobiusml.github.io/hqq_blog).
+        range: what the 16 values span: "fitted" as the method int4 does, by least squares; "searched" the share of smallest
+            to largest that its fit starts from; "minmax" all of it; "symmetric" around 0; "hqq" all of it, with the zero
+            point that half-quadratic splitting finds (Badri and Shaji, 2023: mobiusml.github.io/hqq_blog).
         rank: of a correction U V in bfloat16 beside the weight, the best for its error (LQER, arXiv:2402.02446); 0 is none.
     """
 
@@ -62,19 +61,19 @@ class Grid:
 
 
 GRIDS: Final = (
-    Grid(128, "mse"),
+    Grid(128, "fitted"),
+    Grid(128, "searched"),
     Grid(128, "minmax"),
     Grid(128, "hqq"),
     Grid(64, "symmetric"),
     Grid(64, "minmax"),
-    Grid(64, "mse"),
+    Grid(64, "fitted"),
     Grid(32, "symmetric"),
     Grid(32, "minmax"),
-    Grid(32, "mse"),
-    Grid(16, "mse"),
-    Grid(8, "mse"),
-    Grid(128, "regression"),
-    Grid(128, "mse", rank=4),
+    Grid(32, "fitted"),
+    Grid(16, "fitted"),
+    Grid(8, "fitted"),
+    Grid(128, "fitted", rank=4),
 )
 
 
@@ -108,16 +107,11 @@ def table(rows: Sequence[Row]) -> str:
 def _between(grouped: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """[N, groups, G] rounded to 16 values from low to high, both [N, groups, 1]; scales as they are stored."""
     step = ((high - low) / 15).bfloat16().float().clamp(min=torch.finfo(torch.bfloat16).tiny)
-    low = low.bfloat16().float()
-    return _snapped(grouped, low, step)
+    return _snapped(grouped, low.bfloat16().float(), step)
 
 
 def _snapped(grouped: Tensor, low: Tensor, step: Tensor) -> Tensor:
-    return _values(grouped, low, step) * step + low
-
-
-def _values(grouped: Tensor, low: Tensor, step: Tensor) -> Tensor:
-    return ((grouped - low) / step).round().clamp(0, 15)
+    return ((grouped - low) / step).round().clamp(0, 15) * step + low
 
 
 def _minmax(grouped: Tensor) -> Tensor:
@@ -129,27 +123,14 @@ def _symmetric(grouped: Tensor) -> Tensor:
     return (grouped / scale).round().clamp(-8, 7) * scale
 
 
-def _mse(grouped: Tensor) -> Tensor:
-    return _snapped(grouped, *_fitted(grouped))
+def _searched(grouped: Tensor) -> Tensor:
+    low, step = searched_range(grouped, torch.bfloat16)
+    return _snapped(grouped, low.float().unsqueeze(-1), step.float().unsqueeze(-1))
 
 
-def _fitted(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest value and the step that the method int4 chooses, both [N, groups, 1]."""
+def _fitted(grouped: Tensor) -> Tensor:
     low, step = fitted_range(grouped, torch.bfloat16)
-    return low.float().unsqueeze(-1), step.float().unsqueeze(-1)
-
-
-def _regression(grouped: Tensor, rounds: int = 3) -> Tensor:
-    """Each round fits a line to weights over their values, by least squares, and takes the values nearest to that."""
-    low, step = _fitted(grouped)
-    for _ in range(rounds):
-        values = _values(grouped, low, step)
-        middle = values.mean(-1, keepdim=True)
-        spread = (values - middle).square().sum(-1, keepdim=True)
-        slope = ((values - middle) * grouped).sum(-1, keepdim=True) / spread.clamp(min=1.0)
-        step = torch.where(spread > 0, slope, step).bfloat16().float()
-        low = (grouped.mean(-1, keepdim=True) - step * middle).bfloat16().float()
-    return _snapped(grouped, low, step)
+    return _snapped(grouped, low.float().unsqueeze(-1), step.float().unsqueeze(-1))
 
 
 def _hqq(grouped: Tensor, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Tensor:
@@ -170,7 +151,7 @@ def _hqq(grouped: Tensor, norm: float = 0.7, beta: float = 10.0, growth: float =
 _RANGES: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "minmax": _minmax,
     "symmetric": _symmetric,
-    "mse": _mse,
-    "regression": _regression,
+    "searched": _searched,
+    "fitted": _fitted,
     "hqq": _hqq,
 }

@@ -22,9 +22,9 @@ def error(grid, weight):
     return float((grid.apply(weight).double() - weight.double()).norm())
 
 
-def test_mse_is_what_the_method_does():
+def test_fitted_is_what_the_method_does():
     weight = random()
-    assert_close(Grid(128, "mse").apply(weight), quantize_weight(weight, Int4GroupConfig()).dequantize(), rtol=0, atol=0.01)
+    assert_close(Grid(128, "fitted").apply(weight), quantize_weight(weight, Int4GroupConfig()).dequantize(), rtol=0, atol=0.01)
 
 
 @settings(deadline=None, max_examples=20)
@@ -32,22 +32,22 @@ def test_mse_is_what_the_method_does():
 def test_what_is_made_for_less_error_has_less(seed):
     weight = random(seed=seed)
     plain = error(Grid(128, "minmax"), weight)
-    assert error(Grid(128, "mse"), weight) <= plain
-    assert error(Grid(128, "regression"), weight) < error(Grid(128, "mse"), weight)
+    assert error(Grid(128, "searched"), weight) <= plain
+    assert error(Grid(128, "fitted"), weight) < error(Grid(128, "searched"), weight)
     assert error(Grid(64, "minmax"), weight) < plain
     assert error(Grid(64, "minmax"), weight) < error(Grid(64, "symmetric"), weight)
-    assert error(Grid(128, "mse", rank=4), weight) < error(Grid(128, "mse"), weight)
+    assert error(Grid(128, "fitted", rank=4), weight) < error(Grid(128, "fitted"), weight)
 
 
 def test_a_group_of_equal_weights_stays_what_it_is():
     weight = torch.full((2, 128), 0.5)
-    for grid in (Grid(128, "mse"), Grid(128, "regression")):
+    for grid in (Grid(128, "searched"), Grid(128, "fitted")):
         assert torch.equal(grid.apply(weight), weight)
 
 
 @pytest.mark.parametrize(
     ("grid", "bits"),
-    [(Grid(128, "minmax"), 4.25), (Grid(64, "symmetric"), 4.25), (Grid(32, "minmax"), 5), (Grid(128, "mse", rank=4), 4.75)],
+    [(Grid(128, "minmax"), 4.25), (Grid(64, "symmetric"), 4.25), (Grid(32, "minmax"), 5), (Grid(128, "fitted", rank=4), 4.75)],
 )
 def test_bits(grid, bits):
     assert grid.bits(256, 256) == bits
@@ -57,7 +57,7 @@ def test_of_a_pipeline(tiny):
     call = {"height": 128, "width": 128, "num_inference_steps": 1}
     trial = Sensitivity(Options(str(tiny("z-image")), "int4", scene_captions(2), call=call, batch=2))
     rows = list(int4_grids.compare(trial, GRIDS[:2]))
-    assert [row["grid"] for row in rows] == ["mse, groups of 128", "minmax, groups of 128"]
+    assert [row["grid"] for row in rows] == ["fitted, groups of 128", "searched, groups of 128"]
     assert all(row["error"] > 0 and row["psnr"] > 0 for row in rows)
     again, _ = trial.generate()
     assert all(torch.equal(one, other) for one, other in zip(again, trial.reference[0], strict=True))

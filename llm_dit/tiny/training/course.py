@@ -87,7 +87,7 @@ class Coding(ABC):
 
     Attributes:
         name: what it is called in the output.
-        off: how far off latents are while it is trained; see `off_by_region`.
+        off: how far off latents are while it is trained; see `off_at_every_scale`.
     """
 
     name: ClassVar[str]

@@ -34,8 +34,8 @@ class QwenImageCourse(PictureCourse):
     """Width 96, and MLPs of 384."""
 
     name = "qwen-image"
-    call = {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 2.5, "negative_prompt": ""}
-    off = 0.5
+    call = {"height": 128, "width": 128, "num_inference_steps": 28, "true_cfg_scale": 3.0, "negative_prompt": ""}
+    off = 0.25
     amounts = Amounts(vae_minutes=4, minutes=20)
     text_length = DROPPED + 18
     template = (
@@ -45,7 +45,7 @@ class QwenImageCourse(PictureCourse):
 
     def build(self) -> DiffusionPipeline:
         return QwenImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=2 * SHIFT),
             vae=initialized(lambda: AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 3, 3], num_res_blocks=1), seed=1),
             text_encoder=initialized(lambda: Qwen2_5_VLForConditionalGeneration(_qwen25_vl()), seed=2),
             tokenizer=tokenizer(),

@@ -20,6 +20,9 @@ SIGMA_LOGIT: Final = 1.0
 UNGUIDED: Final = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""
 
+_STRIDES: Final = (1, 2, 4)
+"""Places that share a value of `off_at_every_scale`: a small thing is three across, a large one six."""
+
 
 def train_autoencoder(coding: Coding, vae: Any, drawn: Tensor, budget: Budget, checkpoint: Path, batch: int) -> None:
     """Error and KL divergence on data [N, ...] as `coding` keeps it."""
@@ -31,7 +34,7 @@ def train_autoencoder(coding: Coding, vae: Any, drawn: Tensor, budget: Budget, c
         mean, logvar = mean.float(), logvar.float()
         latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         if coding.off:
-            latents = latents + off_by_region(mean, coding.off)
+            latents = latents + off_at_every_scale(mean, coding.off)
         found = coding.decoded(vae, latents)
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / wanted.numel()
         return coding.error(found.float(), wanted) + KL_WEIGHT * divergence
@@ -39,18 +42,24 @@ def train_autoencoder(coding: Coding, vae: Any, drawn: Tensor, budget: Budget, c
     run.train(loss, f"{coding.name}: autoencoder")
 
 
-def off_by_region(latents: Tensor, size: float) -> Tensor:
-    """Noise that neighbours share, for latents [B, c, *d]: of `size` deviations of each channel, drawn for every fourth place.
+def off_at_every_scale(latents: Tensor, size: float) -> Tensor:
+    """Noise for latents [B, c, *d], of `size` deviations of each channel: drawn for every place, every second and every fourth.
 
     A denoiser, and more so one of few bits, is off alike all over a thing, where the noise of the posterior averages out. Trained
     through the latter alone, Qwen-Image's latents of yellow and blue, and of cyan and green, lay 1.2 to 1.4 deviations apart, and
     those of all colours of Z-Image and klein at least 3.4: int4 left two of three right captions right, and yellow became blue.
+    Noise of every fourth place alone does not do: what it spares, differences between neighbours, then carries everything,
+    and is hard to denoise.
     """
     batch, channels, *places = latents.shape
-    drawn = torch.randn(batch, channels, *(-(-length // 4) for length in places), device=latents.device)
     mode = {2: "bilinear", 3: "trilinear"}[len(places)]
+    total = torch.zeros_like(latents)
+    for stride in _STRIDES:
+        drawn = torch.randn(batch, channels, *(-(-length // stride) for length in places), device=latents.device)
+        spread = functional.interpolate(drawn, size=places, mode=mode)
+        total = total + spread / spread.std()
     deviation = latents.detach().transpose(0, 1).flatten(1).std(dim=1).view(1, -1, *[1] * len(places))
-    return size * deviation * functional.interpolate(drawn, size=places, mode=mode)
+    return size * deviation * total / len(_STRIDES) ** 0.5
 
 
 @torch.inference_mode()
