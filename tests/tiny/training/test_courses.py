@@ -65,7 +65,8 @@ def test_one_step_of_the_pipeline_follows_the_trained_velocity(name):
     course.set_statistics(pipe.vae, course.posterior(pipe.vae, pictures())[0])
     noisy = torch.randn(course.clean(pipe.vae, course.posterior(pipe.vae, pictures(1))[0]).shape)
     given = 0.4
-    sigma = 2 * given / (1 + given)  # the schedulers shift by 2
+    shift = pipe.scheduler.config.shift
+    sigma = shift * given / (1 + (shift - 1) * given)
     tokens = course.tokens(pipe.tokenizer, [CAPTION])
     expected = noisy - sigma * course.velocity(pipe, noisy, torch.tensor([sigma]), tokens.ids, tokens.mask)
     found = call(course, pipe, noisy, given, output_type="latent")
