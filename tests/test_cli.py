@@ -38,10 +38,8 @@ def run(*arguments, script=None, code=0, fresh=False):
 def test_help_needs_no_torch():
     code = "import sys, llm_dit.cli; assert not {'torch', 'diffusers', 'transformers', 'torchao'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert all(
-        command in run("--help", fresh=True)
-        for command in ("generate", "quantize", "recommend", "estimate", "inspect", "demo", "bench")
-    )
+    text = run("--help", fresh=True)
+    assert all(command in text for command in ("generate", "quantize", "recommend", "estimate", "inspect", "demo", "bench"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import Final
 
@@ -123,13 +124,8 @@ def _symmetric(grouped: Tensor) -> Tensor:
     return (grouped / scale).round().clamp(-8, 7) * scale
 
 
-def _searched(grouped: Tensor) -> Tensor:
-    low, step = searched_range(grouped, torch.bfloat16)
-    return _snapped(grouped, low.float().unsqueeze(-1), step.float().unsqueeze(-1))
-
-
-def _fitted(grouped: Tensor) -> Tensor:
-    low, step = fitted_range(grouped, torch.bfloat16)
+def _chosen(choose: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]], grouped: Tensor) -> Tensor:
+    low, step = choose(grouped, torch.bfloat16)
     return _snapped(grouped, low.float().unsqueeze(-1), step.float().unsqueeze(-1))
 
 
@@ -151,7 +147,7 @@ def _hqq(grouped: Tensor, norm: float = 0.7, beta: float = 10.0, growth: float =
 _RANGES: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "minmax": _minmax,
     "symmetric": _symmetric,
-    "searched": _searched,
-    "fitted": _fitted,
+    "searched": partial(_chosen, searched_range),
+    "fitted": partial(_chosen, fitted_range),
     "hqq": _hqq,
 }
