@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from .drawing import RADII, SIDE, ground, shade, shape_mask
+from .drawing import SIDE, ground, shade, shape_mask
 from .reading import Found, Score, read
 from .scene import COLOURS, SHAPES, SIZES, THING, Thing, is_drawn_out
 
@@ -20,6 +20,9 @@ DIRECTIONS: Final = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0
 """Where a thing moves, as (x, y) with y downwards."""
 PITCHES: Final = {"circle": 400.0, "square": 800.0, "triangle": 1600.0, "cross": 3200.0}
 """Of the tone, in Hz: whole periods in a hundredth of a second, so that every frame of a spectrogram sees the same wave."""
+CLIP_RADII: Final = {"small": (15.0, 18.0), "large": (25.0, 28.0)}
+"""Half the side of the square that a thing fills, in pixels: larger than in pictures, for a latent of LTX-2 covers twice as many
+pixels across. Of small crosses as large as those of pictures an autoencoder gave one of five back as a cross."""
 _TRAVEL: Final = (28.0, 56.0)
 """From the first frame to the last, in pixels."""
 _BORDER: Final = 4.0
@@ -73,7 +76,7 @@ def clip_held_out(clip: Clip) -> bool:
 
 def draw_clip(clip: Clip, generator: np.random.Generator) -> np.ndarray:
     """Frames [17, 128, 128, 3] uint8 of a clip; what the caption leaves open is drawn from `generator`."""
-    radius, travel = float(generator.uniform(*RADII[clip.thing.size])), float(generator.uniform(*_TRAVEL))
+    radius, travel = float(generator.uniform(*CLIP_RADII[clip.thing.size])), float(generator.uniform(*_TRAVEL))
     steps = np.linspace(-0.5, 0.5, FRAMES)[:, None] * np.array(DIRECTIONS[clip.direction]) * travel
     reach = radius + _BORDER + np.abs(steps[-1])
     places = generator.uniform(reach, SIDE - reach) + steps
@@ -107,7 +110,7 @@ def score_clip(frames: np.ndarray, caption: str, sound: np.ndarray | None = None
         ValueError: if the sound comes without its rate.
     """
     clip = parse_clip(caption)
-    seen = [read(frames[index]) for index in (0, len(frames) // 2, len(frames) - 1)]
+    seen = [read(frames[index], CLIP_RADII) for index in (0, len(frames) // 2, len(frames) - 1)]
     parts = {"count": all(len(found) == 1 for found in seen)}
     for name in ("size", "colour", "shape"):
         parts[name] = all(found and getattr(found[0].thing, name) == getattr(clip.thing, name) for found in seen)

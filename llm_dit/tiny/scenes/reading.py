@@ -17,8 +17,6 @@ COLOURFUL: Final = 70
 """Largest minus smallest channel of a pixel that belongs to a thing; grounds are grey."""
 _SMALLEST: Final = 60
 """Pixels of a thing; less is a speck."""
-_LIMIT: Final = (RADII["small"][1] + RADII["large"][0]) / 2
-"""Radius between small and large."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Score:
         return sum(self.parts.values()) / len(self.parts)
 
 
-def read(picture: np.ndarray) -> list[Found]:
-    """The things in a picture [128, 128, 3] uint8, the largest first."""
+def read(picture: np.ndarray, radii: Mapping[str, tuple[float, float]] = RADII) -> list[Found]:
+    """The things in a picture [128, 128, 3] uint8, the largest first; `radii` are those, by size, that were drawn."""
     if picture.shape != (SIDE, SIDE, 3):
         raise ValueError(f"a picture of a scene is [{SIDE}, {SIDE}, 3], not {list(picture.shape)}")
     channels = picture.astype(np.float64)
@@ -62,7 +60,8 @@ def read(picture: np.ndarray) -> list[Found]:
     colourful = saturation > COLOURFUL
     labels = _components(colourful)
     masks = [labels == label for label in np.unique(labels[colourful])]
-    found = [_found(_covered(mask, saturation), channels) for mask in masks if mask.sum() >= _SMALLEST]
+    limit = (radii["small"][1] + radii["large"][0]) / 2
+    found = [_found(_covered(mask, saturation), channels, limit) for mask in masks if mask.sum() >= _SMALLEST]
     return sorted(found, key=lambda one: -one.radius)
 
 
@@ -107,12 +106,13 @@ def _covered(mask: np.ndarray, saturation: np.ndarray) -> np.ndarray:
     return covered
 
 
-def _found(mask: np.ndarray, channels: np.ndarray) -> Found:
+def _found(mask: np.ndarray, channels: np.ndarray, limit: float) -> Found:
+    """`limit` is the radius between small and large."""
     colour = _nearest_hue(np.median(channels[mask], axis=0))
-    return max((_laid(mask, shape, colour) for shape in SHAPES), key=lambda one: one.fit)
+    return max((_laid(mask, shape, colour, limit) for shape in SHAPES), key=lambda one: one.fit)
 
 
-def _laid(mask: np.ndarray, shape: str, colour: str) -> Found:
+def _laid(mask: np.ndarray, shape: str, colour: str, limit: float) -> Found:
     """A shape where it has the area and the centre of mass of `mask`: it overlaps best there or nearly so, also where `mask` is
     a little longer than wide, of which a box would take one side.
     """
@@ -122,7 +122,7 @@ def _laid(mask: np.ndarray, shape: str, colour: str) -> Found:
     x, y = float(columns.mean() + 0.5), float(rows.mean() + 0.5 - below * radius)
     wanted = shape_mask(shape, x, y, radius)
     fit = float(np.minimum(mask, wanted).sum() / np.maximum(mask, wanted).sum())
-    return Found(Thing("small" if radius < _LIMIT else "large", colour, shape), x, y, radius, fit)
+    return Found(Thing("small" if radius < limit else "large", colour, shape), x, y, radius, fit)
 
 
 @cache

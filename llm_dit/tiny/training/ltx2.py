@@ -92,7 +92,7 @@ class Ltx2Course(Course):
     }
     text_length = models.TEXT_LENGTH
     template = "{}"
-    amounts = Amounts(vae_minutes=8.5, minutes=13, vae_batch=16, batch=256)
+    amounts = Amounts(vae_minutes=7.5, minutes=15, vae_batch=16, batch=256)
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 
