@@ -37,7 +37,6 @@ def train(
     minutes: Annotated[float | None, typer.Option(min=0, help="Of transformer and text encoder.")] = None,
     vae_batch: Annotated[int | None, typer.Option(min=1)] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
-    muon: Annotated[float | None, typer.Option(min=0, help="Muon's rate for the matrices of blocks; 0 for AdamW alone.")] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile blocks of both models.")] = True,
     capture: Annotated[bool, typer.Option(help="On a GPU, replay steps as a CUDA graph.")] = True,
 ) -> None:
@@ -48,7 +47,7 @@ def train(
     if name in SUBJECTS:
         return
     course = COURSES[name]
-    asked = {"vae_minutes": vae_minutes, "minutes": minutes, "vae_batch": vae_batch, "batch": batch, "muon": muon}
+    asked = {"vae_minutes": vae_minutes, "minutes": minutes, "vae_batch": vae_batch, "batch": batch}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     amounts = dataclasses.replace(course.amounts, **given)
     plan = Plan(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), amounts, capture)
@@ -64,7 +63,7 @@ def train(
         for module in pipe.text_encoder.modules():
             if type(module).__name__.endswith("DecoderLayer"):
                 module.compile()
-    budget = Budget(amounts.minutes, 3e-3, amounts.muon, capture)
+    budget = Budget(amounts.minutes, 3e-3, capture)
     train_denoiser(course, pipe, clean, drawn.captions, budget, folder / f"{name}.safetensors", amounts.batch)
     save(course, pipe, output or folder)
 

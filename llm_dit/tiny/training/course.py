@@ -58,14 +58,12 @@ class Amounts:
     Attributes:
         vae_minutes: of the autoencoder.
         minutes: of transformer and text encoder.
-        muon: the rate of Muon for the matrices of their blocks; 0 leaves all to AdamW, whose weights int4 harms less.
     """
 
     vae_minutes: float = 2
     minutes: float = 13
     vae_batch: int = 64
     batch: int = 512
-    muon: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .muon import Muon, block_matrices
-
 _WARM_UP = 200
 """Steps over which the learning rate rises."""
 _DECAY = 0.5
 """Share of the time over which it falls to 0 again, at the end."""
+_AVERAGE = 0.999
+"""Weight of the past in the averaged weights."""
 _EVERY_S = 30.0
 """Seconds between checkpoints."""
 
@@ -31,17 +31,13 @@ class Budget:
     Attributes:
         minutes: of training, summed over interruptions; the schedule follows the time.
         rate: the highest learning rate of AdamW.
-        muon: that of Muon, which the matrices of blocks are left to; AdamW has all where it is 0.
         captured: on a GPU, one step is captured in a CUDA graph and replayed: it is a thousand small kernels. The loss must
             then neither wait for the GPU nor copy from the host.
-        average: weight of the past in the averaged weights.
     """
 
     minutes: float
     rate: float
-    muon: float = 0.0
     captured: bool = True
-    average: float = 0.999
 
 
 class Run:
@@ -64,23 +60,16 @@ class Run:
         self.steps, self.seconds = 0, 0.0
         if checkpoint.is_file():
             self._resume()
-        self.rate, self.muon_rate = torch.tensor(0.0, device=self.device), torch.tensor(0.0, device=self.device)
-        matrices = {id(one) for module in modules for one in block_matrices(module)} if budget.muon else set()
-        chosen = [index for index, parameter in enumerate(self.parameters) if id(parameter) in matrices]
-        self.muon = Muon([self.parameters[index] for index in chosen], [self.first[index] for index in chosen], self.muon_rate)
-        self.adamw = self._adamw([index for index in range(len(self.parameters)) if index not in chosen])
+        self.rate = torch.tensor(0.0, device=self.device)
+        self.adamw = self._adamw()
 
-    def _adamw(self, chosen: Sequence[int]) -> torch.optim.AdamW:
-        """For some of the parameters, by their places, in the state that was read."""
+    def _adamw(self) -> torch.optim.AdamW:
+        """In the state that was read."""
         capturable = {"capturable": True} if self.device.type == "cuda" else {}
-        parameters = [self.parameters[index] for index in chosen]
-        adamw = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True, **capturable)
-        for index in chosen:
-            adamw.state[self.parameters[index]] = {
-                "step": torch.tensor(float(self.steps), device=self.device),
-                "exp_avg": self.first[index],
-                "exp_avg_sq": self.second[index],
-            }
+        adamw = torch.optim.AdamW(self.parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True, **capturable)
+        for parameter, first, second in zip(self.parameters, self.first, self.second, strict=True):
+            step = torch.tensor(float(self.steps), device=self.device)
+            adamw.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         return adamw
 
     def train(self, loss_of: Callable[[], Tensor], title: str) -> None:
@@ -91,9 +80,7 @@ class Run:
         started = saved - self.seconds
         with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
             while self.seconds < end:
-                share = self._scheduled(self.seconds / end)
-                self.rate.fill_(self.budget.rate * share)
-                self.muon_rate.fill_(self.budget.muon * share)
+                self.rate.fill_(self.budget.rate * self._scheduled(self.seconds / end))
                 loss = step()
                 self.steps += 1
                 if self.steps % 50 == 0:
@@ -108,7 +95,7 @@ class Run:
             torch._foreach_copy_(self.parameters, self.averaged)
 
     def _scheduled(self, done: float) -> float:
-        """Share of the highest rates."""
+        """Share of the highest rate."""
         return max(0.0, min(1.0, (self.steps + 1) / _WARM_UP, (1 - done) / _DECAY))
 
     def _step(self, loss_of: Callable[[], Tensor]) -> Tensor:
@@ -120,9 +107,8 @@ class Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.adamw.step()
-        self.muon.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - self.budget.average)
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - _AVERAGE)
         return loss.detach()
 
     def _captured(self, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -152,7 +138,7 @@ class Run:
         written.replace(self.checkpoint)
 
     def kept(self) -> dict[str, list[Tensor]]:
-        """What a checkpoint holds: weights, their average, and the moments of the gradients, the first of which is Muon's too."""
+        """What a checkpoint holds: weights, their average, and the moments of the gradients."""
         return {"now": self.parameters, "averaged": self.averaged, "first": self.first, "second": self.second}
 
     def _resume(self) -> None:

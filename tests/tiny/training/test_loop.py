@@ -1,0 +1,53 @@
+"""A run of training goes on where it was interrupted."""
+
+import pytest
+import torch
+from torch import nn
+
+from llm_dit.tiny.training.loop import Budget, Run
+
+
+def small():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path):
+    """With the moments of its gradients, and the averaged weights."""
+    torch.manual_seed(0)
+    data = torch.randn(64, 4)
+
+    def run(minutes):
+        model = small()
+        found = Run([model], Budget(minutes, 1e-2), tmp_path / "run.safetensors")
+        before = {kind: [tensor.clone() for tensor in each] for kind, each in found.kept().items()}
+        found.train(lambda: (model(data).squeeze(1) - data.sum(dim=1)).square().mean(), "test")
+        return found, before
+
+    first, _ = run(0.005)
+    again, before = run(0)
+    assert again.steps == first.steps > 0
+    after = first.kept()
+    for kind in ("averaged", "first", "second"):  # the weights of now are the averaged ones after a run
+        assert all(torch.equal(one, other) for one, other in zip(after[kind], before[kind], strict=True))
+    assert all(tensor.abs().max() > 0 for kind in ("first", "second") for tensor in after[kind])
+    assert all(again.adamw.state[one]["step"] == first.steps for one in again.parameters)
+
+
+def test_what_is_learnt_is_kept_in_the_model(tmp_path):
+    torch.manual_seed(0)
+    data, model = torch.randn(64, 4), small()
+
+    def loss():
+        return (model(data).squeeze(1) - data.sum(dim=1)).square().mean()
+
+    before = loss().item()
+    run = Run([model], Budget(0.02, 1e-2), tmp_path / "run.safetensors")
+    run.train(loss, "test")
+    assert loss().item() < before
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), run.averaged, strict=True))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Run([small()], Budget(0, 1e-2), tmp_path / "run.safetensors").train(lambda: torch.zeros(()), "test")
+    with pytest.raises(ValueError, match="is of another model than this one"):
+        Run([nn.Linear(8, 8)], Budget(0, 1e-2), tmp_path / "run.safetensors")
