@@ -81,6 +81,23 @@ class Forwards:
     kept: int = 0
     frames_step: int = 0
 
+    def check(self, title: str, **sizes: int | None) -> None:
+        """Raises ValueError, with the nearest, for a `height`, `width` or `num_frames` that pipelines refuse or silently round.
+
+        None is not looked at, and neither are the frames of images.
+        """
+        for name, value in sizes.items():
+            clip = name == "num_frames"
+            step, more = (self.frames_step, 1) if clip else (self.pixels_per_token, 0)
+            if value is None or not step:
+                continue
+            near = max(round((value - more) / step), 1 - more) * step + more
+            if value != near:
+                what = (
+                    f"clips of a multiple of {step} frames and one" if clip else f"pictures whose {name} is a multiple of {step}"
+                )
+                raise ValueError(f"{title} makes {what}, not {value}: {near} is the nearest")
+
 
 def noise(device: torch.device, *shape: int, seed: int = 1) -> Tensor:
     """Standard normal bfloat16; empty on meta."""

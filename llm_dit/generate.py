@@ -99,8 +99,10 @@ def _generate(options: GenerateOptions) -> Generated:
 
 
 def load(options: GenerateOptions) -> QuantizablePipelineMixin:
-    """The pipeline of `options`, on its device or offloaded."""
+    """The pipeline of `options`, on its device or offloaded; what it cannot make is refused before anything is read."""
     device = _device(options)
+    family = pipeline_class_of(options.model).family
+    family.forwards.check(family.title, **{name: options.call.get(name) for name in ("height", "width", "num_frames")})
     planned = options.load.get("quantization") == "auto"
     if options.offload != "none" and device == "cpu":
         raise ValueError(

@@ -184,12 +184,9 @@ def checked_size(sizes: PipelineSizes, size: Size) -> Size:
     forwards, title = sizes.family.forwards, sizes.family.title
     step = 2 * forwards.pixels_per_token if forwards.frames_step == 0 else forwards.pixels_per_token
     for name, value in (("height", size.height), ("width", size.width)):
-        if not step <= value <= MOST_SIDE or value % forwards.pixels_per_token:
-            near = min(max(round(value / forwards.pixels_per_token) * forwards.pixels_per_token, step), MOST_SIDE)
-            raise ValueError(
-                f"{title} makes pictures whose {name} is a multiple of {forwards.pixels_per_token} from {step} to {MOST_SIDE}, "
-                f"not {value}: {near} is the nearest"
-            )
+        if not step <= value <= MOST_SIDE:
+            raise ValueError(f"{title} is planned for a {name} from {step} to {MOST_SIDE}, not {value}")
+    forwards.check(title, height=size.height, width=size.width, num_frames=size.frames)
     if not 1 <= size.batch <= MOST_BATCH:
         raise ValueError(f"the batch must be from 1 to {MOST_BATCH}, not {size.batch}")
     if not 0 <= size.references <= forwards.most_references:
@@ -199,12 +196,8 @@ def checked_size(sizes: PipelineSizes, size: Size) -> Size:
         raise ValueError(f"{sizes.pipeline_class} takes no reference images: plan a pipeline that edits")
     if not forwards.frames_step and size.frames != 1:
         raise ValueError(f"{title} makes pictures, and no {size.frames} frames: leave frames out")
-    if forwards.frames_step and (not 1 <= size.frames <= MOST_FRAMES or (size.frames - 1) % forwards.frames_step):
-        near = min(max(round((size.frames - 1) / forwards.frames_step) * forwards.frames_step + 1, 1), MOST_FRAMES)
-        raise ValueError(
-            f"{title} makes clips of a multiple of {forwards.frames_step} frames and one, up to {MOST_FRAMES}, "
-            f"not {size.frames}: {near} is the nearest"
-        )
+    if size.frames > MOST_FRAMES:
+        raise ValueError(f"{title} is planned for at most {MOST_FRAMES} frames, not {size.frames}")
     return size
 
 

@@ -146,7 +146,7 @@ def test_tiles_take_less():
     ("change", "message"),
     [
         ({"height": 1000}, "1008 is the nearest|992 is the nearest"),
-        ({"width": 0}, "32 is the nearest"),
+        ({"width": 0}, "planned for a width from 32 to 16384, not 0"),
         ({"frames": 9}, "makes pictures, and no 9 frames"),
         ({"batch": 0}, "batch must be from 1"),
         ({"references": 1}, "planned without"),
