@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -215,6 +216,7 @@ def quantize(
             "quantize has nothing to quantize, for every component's method is 'none': give --quantization, e.g. int8"
         )
     beside = output.with_name(f"{output.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)  # what an interrupted run left
     pipe.save_pretrained(beside)
     beside.rename(output)
     print_plain(str(pipe.quantization_report))

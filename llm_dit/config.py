@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .families import family_names
-from .names import COMPILE_MODES, check_name, nearest
+from .families import family_names, get_family
+from .names import COMPILE_MODES, COMPONENT_TYPES, check_name, nearest
 
 if TYPE_CHECKING:
     from .quantization import PipelineQuantConfig
@@ -129,6 +129,10 @@ class RuntimeConfig(BaseModel):
         where = f"[{family}]" if family in self.pipelines else "[quantization]"
         try:
             self.get_pipeline_quant_config(family)
+            backends = self.section(family).quantization_backend
+            for name in backends if isinstance(backends, dict) else ():
+                valid = (*COMPONENT_TYPES, *get_family(family).roles)
+                check_name(name, tuple(dict.fromkeys(valid)), "key in quantization_backend")
             check_name(self.section(family).compile_mode, COMPILE_MODES, "compile_mode")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from .loader import models_of
@@ -82,7 +83,7 @@ class EncodingMixin(DiffusionPipeline):
         missing = [name for name in self.family.encoding.encoders if name not in encoders]
         if missing or not hasattr(self, "encode_prompt"):
             raise ValueError(f"{type(self).__name__} has no {' and '.join(missing) or 'prompt'} to encode with")
-        hooked = [name for name, model in models.items() if hasattr(model, "_hf_hook")]
+        hooked = [name for name, model in models.items() if hasattr(model, "_hf_hook") or _is_group_offload_enabled(model)]
         if hooked:
             raise ValueError(
                 f"{', '.join(hooked)} is offloaded, which moves the models itself: use either offloading or encode_then_free"

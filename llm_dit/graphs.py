@@ -5,8 +5,9 @@ captured for every signature (shapes, dtypes and values of all that is no tensor
 from then on, with the inputs copied into its own. All graphs of a model share one memory pool.
 
 A graph holds addresses and every Python value of its capture. So that it never replays what is no longer true, each call
-compares a fingerprint of the model: its parameters' addresses, its modules, attention processors and adapters. Another one drops
-the graphs: moving the model, fusing or scaling a LoRA, or another attention backend are followed at the next call. Where a graph
+compares a fingerprint of the model: its parameters' addresses, how int4 weights are multiplied, its modules, attention processors
+and adapters. Another one drops the graphs: moving the model, fusing or scaling a LoRA, `set_int4_compute`, or another attention
+backend are followed at the next call. Where a graph
 cannot be right, the model runs as it is: with gradients, on the CPU, offloaded, or with a cache that decides step by step.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -179,7 +181,8 @@ def _is_hooked(model: nn.Module) -> bool:
 
 def _signature(leaves: list[Any], spec: Any) -> Hashable | None:
     """What a graph is captured for, or None if an argument has no value to compare."""
-    parts: list[Hashable] = [str(spec), torch.is_inference_mode_enabled()]
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    parts: list[Hashable] = [str(spec), torch.is_inference_mode_enabled(), autocast]
     for leaf in leaves:
         if torch.is_tensor(leaf):
             parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
@@ -196,10 +199,12 @@ def _fingerprint(model: nn.Module) -> int:
 
 def _traits(model: Any) -> Iterator[Hashable]:
     """All that a capture bakes in, besides the inputs: addresses, and values that modules read in Python."""
+    yield _AttentionBackendRegistry.get_active_backend()[0]  # what the context manager `attention_backend` sets, for all models
     for module in model.modules():
         yield id(module)
         for parameter in module._parameters.values():
             if parameter is not None:
+                yield getattr(parameter, "fp8_compute", False)
                 yield from (part.data_ptr() for part in plain_parts(parameter))
         for buffer in module._buffers.values():
             if buffer is not None:

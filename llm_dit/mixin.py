@@ -170,6 +170,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         given = {name for name in components if name in kwargs}
         roles = {name: role for name in components if (role := cls.component_role(name))}
         request = LoadRequest.resolve(options, cls.family.name, tuple(roles), given)
+        request = replace(request, hooked=any(cls.component_request(name, role, request) for name, role in roles.items()))
         if request.quantizes:
             request = replace(request, dtypes=load_dtypes(kwargs, components))
             check_request(request, roles, diffusers_class(cls).__name__, kwargs)

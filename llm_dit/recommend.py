@@ -29,7 +29,7 @@ def recommend(hardware: Hardware, estimate: PipelineEstimate | None = None) -> R
     encoder in int8, then the transformer and at last the encoder in int4.
     """
     reasons = [_hardware_reason(hardware)]
-    methods = {"transformer": "fp8-dynamic" if hardware.has_fp8 else "int8", "encoder": "none", "vae": "none"}
+    methods = {"transformer": hardware.recommended_method, "encoder": "none", "vae": "none"}
     if estimate is None:
         reasons.append("give a model to choose the encoder and the vae by what fits")
         return Recommendation(methods, tuple(reasons))

@@ -69,6 +69,7 @@ class LoadRequest:
         encoder_layers: "all", or "read" to leave out what the family reads nothing of.
         compile, compile_mode: whether and how the transformer is compiled.
         notes: what the report should say about the choice.
+        hooked: a pipeline class quantizes something of its own accord, in its `component_request`.
     """
 
     methods: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class LoadRequest:
     compile: bool = False
     compile_mode: str = "default"
     notes: tuple[str, ...] = ()
+    hooked: bool = False
 
     @classmethod
     def resolve(cls, options: LoadOptions, family: str, components: tuple[str, ...], passed: Container[str] = ()) -> Self:
@@ -151,7 +153,7 @@ class LoadRequest:
     @property
     def quantizes(self) -> bool:
         """True if any role or component has a method other than "none", or comes from a file, which may be fp8."""
-        return bool(self.files) or any(method != "none" for method in self.methods.values())
+        return bool(self.files) or self.hooked or any(method != "none" for method in self.methods.values())
 
     def backend_of(self, component: str, role: str) -> str:
         """The name of the backend for a component."""

@@ -135,6 +135,15 @@ def test_a_script_refuses_another_familys_model(tiny):
     assert "holds a FLUX.2 pipeline: use pipelines/flux2.py" in error
 
 
+def test_quantize_saves_nothing_of_an_interrupted_run(tiny, tmp_path):
+    stale = tmp_path / "out.part" / "old_component" / "config.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    run("quantize", tiny("z-image"), tmp_path / "out", "--quantization", "int8")
+    assert not (tmp_path / "out" / "old_component").exists()
+    assert not (tmp_path / "out.part").exists()
+
+
 def test_quantize_saves_what_then_loads(tiny, tmp_path):
     run("quantize", tiny("z-image"), tmp_path / "out", "--quantization", "int4", "--quantization-encoder", "int8")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

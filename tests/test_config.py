@@ -78,6 +78,13 @@ def test_an_alias_is_resolved(tmp_path):
         ('[flux2]\ncompile_mode = "fast"\n', r"\[flux2\]: unknown compile_mode 'fast'"),
         ('[flux2]\ncompile = "yes"\n', r"\[flux2\]: compile = 'yes'"),
         ('[quantization]\nskip = "proj_out"\n', r"\[quantization\]: skip = 'proj_out'"),
+        (
+            "[flux2]\nquantization_backend = {transformr = 'layerwise'}\n",
+            r"\[flux2\]: unknown key in .*'transformr': did you mean",
+        ),
+        ("[ltx2]\nquantization_backend = {vocoders = 'layerwise'}\n", r"\[ltx2\]: unknown key .* did you mean 'vocoder'"),
+        ('[quantization]\nvae = "int4"\n', r"\[quantization\]: int4 is not offered for a vae"),
+        ('[qwen_image]\nquantization_vae = "fp8"\n', r"\[qwen_image\]: fp8-dynamic is not offered for a vae"),
         ("quantization = 3\n", r"must be a section \[quantization\]"),
         ("[quantization\n", "not valid TOML"),
     ],
@@ -137,6 +144,7 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, tables):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
+        ({"vae": "int4"}, "int4 is not offered for a vae"),
         ({"encoder": "int9"}, "unknown encoder method 'int9'"),
         ({"transformer": "8bit"}, "removed: use 'int8'"),
         ({"granularity": "row"}, "did you mean 'per-row'"),

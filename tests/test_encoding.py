@@ -69,6 +69,13 @@ def test_what_cannot_encode_says_so(tiny):
         load_pipeline(tiny("ltx2-latent-upsample"), dtype=torch.bfloat16).encode_then_free("a cat")
 
 
+def test_group_offloaded_pipelines_are_refused(tiny):
+    pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16)
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match="transformer is offloaded, which moves the models itself"):
+        pipe.encode_then_free("a cat")
+
+
 def test_offloaded_pipelines_are_refused(tiny):
     pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload(device="cpu")

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 
 from llm_dit import load_pipeline
 from llm_dit.compiling import compile_component
 from llm_dit.graphs import _fingerprint, _signature, graph_forward
+from llm_dit.quantization import quantize_component
 
 
 def test_on_the_cpu_and_with_gradients_the_model_runs_as_it_is():
@@ -43,6 +45,30 @@ def test_what_a_capture_bakes_in_changes_the_fingerprint():
     assert moved != before
     model[1] = nn.Linear(4, 4)
     assert _fingerprint(model) != moved
+
+
+def test_another_arithmetic_of_int4_or_another_attention_changes_the_fingerprint():
+    model, _ = quantize_component(nn.Sequential(nn.Linear(128, 32, dtype=torch.bfloat16)), "int4", "transformer")
+    before = _fingerprint(model)
+    model[0].weight.fp8_compute = True
+    assert _fingerprint(model) != before
+    model[0].weight.fp8_compute = False
+    with attention_backend("_native_math"):
+        assert _fingerprint(model) != before
+    assert _fingerprint(model) == before
+
+
+def test_signatures_tell_autocasts_apart():
+    tensor = torch.ones(2, 3)
+    found = {_signature([tensor], "spec")}
+    torch.set_autocast_enabled("cuda", True)  # as `torch.autocast("cuda")` does where there is a GPU
+    try:
+        for dtype in (torch.bfloat16, torch.float16):
+            torch.set_autocast_dtype("cuda", dtype)
+            found.add(_signature([tensor], "spec"))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert len(found) == 3
 
 
 def test_signatures_tell_shapes_and_values_apart():

@@ -17,12 +17,12 @@ from torchao.utils import TorchAOBaseTensor
 
 from llm_dit import PipelineQuantConfig, QuantizationReport, load_pipeline
 from llm_dit.arguments import DIFFUSERS_KEYWORDS
-from llm_dit.backends import BACKENDS
+from llm_dit.backends import BACKENDS, ComponentRequest
 from llm_dit.config import RuntimeConfig
 from llm_dit.families.flux2 import QuantizableFlux2KleinPipeline
 from llm_dit.families.z_image import QuantizableZImageImg2ImgPipeline, QuantizableZImagePipeline
 from llm_dit.mixin import QuantizablePipelineMixin
-from llm_dit.quantization import quantize_component
+from llm_dit.quantization import get_method, hardware, quantize_component
 
 BF16 = torch.bfloat16
 
@@ -122,6 +122,31 @@ def test_a_subclass_chooses_by_a_hook(folder):
     pipe = EncoderStaysPlain.from_pretrained(folder, quantization={"encoder": "int8", "transformer": "int8"})
     assert methods(pipe)["text_encoder"] == "none"
     assert methods(pipe)["transformer"] == "int8"
+
+
+class QuantizesItself(QuantizableFlux2KleinPipeline):
+    """Asks for a method of its own accord."""
+
+    chosen = "int8"
+
+    @classmethod
+    def component_request(cls, name, role, request):
+        chosen = ComponentRequest(name, role, get_method(cls.chosen), dtype=request.dtype_of(name))
+        return chosen if role == "transformer" else super().component_request(name, role, request)
+
+
+def test_what_a_hook_asks_for_is_checked_and_loaded_like_what_a_keyword_asks_for(tiny, monkeypatch):
+    asked = load_pipeline(tiny("flux2-klein"), quantization="int8")
+    pipe = QuantizesItself.from_pretrained(tiny("flux2-klein"))
+    assert methods(pipe) == methods(asked)
+    assert {part.name: part.dtype for part in pipe.quantization_report} == {
+        part.name: part.dtype for part in asked.quantization_report
+    }
+    assert torch.equal(generate(pipe, "flux2-klein"), generate(asked, "flux2-klein"))
+    monkeypatch.setattr(hardware, "detect_hardware", lambda: hardware.Hardware("RTX 3090", (8, 6), 24 * 1024**3))
+    monkeypatch.setattr(QuantizesItself, "chosen", "fp8-weight-only")
+    with pytest.raises(ValueError, match=r"fp8-weight-only needs a CUDA device of compute capability 8\.9"):
+        QuantizesItself.from_pretrained(tiny("flux2-klein"))
 
 
 def test_the_mixin_plugs_into_a_diffusers_class(folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ def _must_stay(name: str, module: nn.Module, request: ComponentRequest, planned:
 
 
 def _layers(model: nn.Module, request: ComponentRequest, parameters: set[str]) -> list[Layer]:
-    """The layers with diffusers' decision; the reasons are ours where our filters say the same."""
-    ours = {layer.name: layer for layer in decide_layers(model, request.method, request.role, "per-row", request.skip)}
+    """The layers with diffusers' decision; the reasons are ours where our filters say the same. A cast takes any dimensions."""
+    cast = replace(request.method, dims_multiple_of=1, in_features_multiple_of=1)
+    ours = {layer.name: layer for layer in decide_layers(model, cast, request.role, "per-row", request.skip)}
     marker = request.method.make_config
     assert marker is not None
     layers = []
@@ -126,7 +128,8 @@ def _cast_read(value: Tensor, device: torch.device) -> Tensor:
         return value.to(device)
     limit = torch.finfo(STORAGE_DTYPE).max
     result = allocate(value.shape, STORAGE_DTYPE, device)
-    for chunk in row_chunks(value, device) if value.ndim else ():
-        store(result[chunk], fetch(value[chunk], device).clamp(-limit, limit).to(STORAGE_DTYPE))
+    rows, out = (value, result) if value.ndim else (value.view(1), result.view(1))
+    for chunk in row_chunks(rows, device):
+        store(out[chunk], fetch(rows[chunk], device).clamp(-limit, limit).to(STORAGE_DTYPE))
     drain_staging()
     return result

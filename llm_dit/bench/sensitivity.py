@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Final
@@ -95,7 +97,7 @@ class Sensitivity:
 
     def rows(self) -> Iterator[Row]:
         """A row for every group, as it is measured; those that `output` holds are not measured again."""
-        known = {row["group"]: row for row in read_rows(self.options.output) if row.get("method") == self.method.name}
+        known = {row["group"]: row for row in read_rows(self.options.output) if row.get("question") == self._question}
         rows = []
         for group, layers in tqdm(self.groups.items(), desc="Groups", delay=2, leave=False):
             row = known.get(group) or self._row(group, layers)
@@ -109,6 +111,7 @@ class Sensitivity:
             latents, pictures = self.generate()
         error = mean(relative(found, wanted) for found, wanted in zip(latents, self.reference[0], strict=True))
         return {
+            "question": self._question,
             "source": self.options.source,
             "method": self.method.name,
             "group": group,
@@ -119,14 +122,30 @@ class Sensitivity:
             "harm_per_mib": error**2 / (saved / 2**20),
         }
 
+    @property
+    def _question(self) -> str:
+        """What a row answers: rows of another model, method, grouping, call or other prompts are measured anew."""
+        options = self.options
+        asked = (options.source, self.method.name, options.by, options.prompts, sorted((options.call or {}).items()))
+        return blake2b(repr(asked).encode(), digest_size=8).hexdigest()
+
+    @cached_property
+    def uniform(self) -> Mix:
+        """All groups quantized."""
+        return self.measure(())
+
     def best(self, rows: Sequence[Row], at_least: float) -> Mix:
-        """The fewest bytes with a median PSNR of `at_least` dB: the smallest number of groups left alone, most harmful first.
+        """Few bytes with a median PSNR of `at_least` dB: `uniform`, or the worst groups left alone, as few as bisection finds.
+
+        PSNR mostly rises with every group that is left alone; where it once falls, fewer may hold than are found.
 
         Raises:
             ValueError: if quantizing the least harmful group alone is already worse.
         """
+        if self.uniform.psnr >= at_least:
+            return self.uniform
         ranked = [row["group"] for row in sorted(rows, key=lambda row: -row["harm_per_mib"])]
-        low, high, found = 0, len(ranked) - 1, None
+        low, high, found = 1, len(ranked) - 1, None
         while low <= high:
             middle = (low + high) // 2
             mix = self.measure(ranked[:middle])

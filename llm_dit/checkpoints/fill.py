@@ -73,7 +73,7 @@ def _float8(plan: Plan, name: str, found: tuple[Piece, ...], qdata: Tensor) -> T
     one_value = bool((row_scales == row_scales[0]).all())
     scale = row_scales.to(device)
     rows, columns = qdata.shape
-    dynamic = wanted.method.name == "fp8-dynamic" and not full_precision(plan, name)
+    dynamic = wanted.method.quantizes_activations and not full_precision(plan, name)
     fixed = input_scale(plan, name) if wanted.static and dynamic else None
     if fixed is not None:
         return StaticFloat8Tensor(qdata, scale, fixed.reshape(1, 1).to(device), wanted.dtype)

@@ -230,7 +230,7 @@ def _note(plan: Plan) -> None:
                 "leave it at 'dynamic'"
             )
         plan.notes.append(f"static input scales in {len(static)} of {len(plan.kept)} fp8 layers")
-    if wanted.method.name == "fp8-dynamic" and any(full_precision(plan, name) for name in plan.kept):
+    if wanted.method.quantizes_activations and any(full_precision(plan, name) for name in plan.kept):
         plan.notes.append("the file asks to multiply some weights in 16 bits, and they are (full_precision_matrix_mult)")
 
 

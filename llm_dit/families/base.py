@@ -103,6 +103,11 @@ class Family:
     bf16_blocks: tuple[int, ...] = ()
     splitting: Mapping[str, Splitting] = field(default_factory=dict)
 
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """By component name, the role."""
+        return {**COMMON_ROLES, **self.extra_roles}
+
     def role(self, component: str) -> str | None:
         """The role of a component of the pipeline, or None if it stays as it is."""
-        return self.extra_roles.get(component) or COMMON_ROLES.get(component)
+        return self.roles.get(component)

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .torchao_tensors.fused import operands
+
 Transient = Callable[[Tensor, Tensor], int]
 """From the input and the weight of a Linear, the bytes that it holds only while it multiplies."""
 
@@ -89,6 +91,7 @@ class _Functions(TorchFunctionMode):
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         result = func(*args, **(kwargs or {}))
         if func is linear:
+            activation, weight, _ = operands(args, kwargs)
             for name, transient in self._transients.items():
-                self._live.hold(name, transient(args[0], args[1]))
+                self._live.hold(name, transient(activation, weight))
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torchao.quantization import quantize_
 
 from ..names import COMPONENT_TYPES, GRANULARITIES, check_name
 from .detect import quantized_by
-from .filters import Layer, decide_layers, named_layers
+from .filters import Layer, check_patterns, decide_layers, named_layers
 from .hardware import require_support
 from .methods import Method, get_method
 from .sizes import model_bytes
@@ -63,15 +64,18 @@ def quantize_component(
     row = get_method(method)
     check_name(component_type, COMPONENT_TYPES, "component_type")
     check_name(granularity, GRANULARITIES, "granularity")
+    check_patterns(skip_patterns, "skip_patterns")
     source = quantized_by(model)
     if source is not None:
         logger.warning("%s is already quantized (%s) and is left as it is", type(model).__name__, source)
-        return model, _left_whole(model, component_type, granularity, source)
+        return model, _left_whole(model, component_type, source)
     layers = decide_layers(model, row, component_type, granularity, skip_patterns)
     before = model_bytes(model)
     if row.make_config is not None:
         require_quantizable(layers, row, component_type)
-        require_support(row, granularity, _weight_dtype(layers))
+        for dtype in {layer.weight.dtype for layer in layers if layer.config is not None}:
+            require_support(row, granularity, dtype)
+        _require_finite(layers)
     with staged():
         for layer in layers:
             if verbose:
@@ -121,6 +125,15 @@ def layer_stats(
     }
 
 
+def _require_finite(layers: Sequence[Layer]) -> None:
+    """Before the first layer is replaced: a model that is refused stays as it was."""
+    for layer in layers:
+        if layer.config is not None and not layer.weight.is_meta and layer.weight.dtype.itemsize > 1:  # fp8 has no minimum
+            lowest, highest = layer.weight.detach().aminmax()
+            if not math.isfinite(lowest) or not math.isfinite(highest):
+                raise ValueError(f"layer {layer.name!r} cannot be quantized: the weight holds NaN or infinity")
+
+
 def _quantize_layer(layer: Layer) -> None:
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -129,7 +142,7 @@ def _quantize_layer(layer: Layer) -> None:
         raise ValueError(f"layer {layer.name!r} cannot be quantized: {error}") from error
 
 
-def _left_whole(model: nn.Module, component_type: str, granularity: str, source: str) -> dict[str, Any]:
+def _left_whole(model: nn.Module, component_type: str, source: str) -> dict[str, Any]:
     names = [name for name, _ in named_layers(model, component_type)]
     size = model_bytes(model)
     return {
@@ -144,7 +157,3 @@ def _left_whole(model: nn.Module, component_type: str, granularity: str, source:
         "bytes_before": size,
         "bytes_after": size,
     }
-
-
-def _weight_dtype(layers: Sequence[Layer]) -> torch.dtype | None:
-    return next((layer.weight.dtype for layer in layers if layer.config is not None), None)

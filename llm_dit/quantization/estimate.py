@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..names import COMPONENT_TYPES, GRANULARITIES, check_name
-from .filters import Layer, decide_layers
+from .filters import Layer, check_patterns, decide_layers
 from .methods import get_method
 from .sizes import tensor_bytes
 from .torchao_tensors.stream import quantize_weight
@@ -50,10 +50,14 @@ def estimate_memory(
         model: the component, best on the meta device (`with torch.device("meta")`); it is not changed.
         dtype: what floating-point parameters are loaded in.
         method, component_type, granularity, skip_patterns: as in `quantize_component`.
+
+    Raises:
+        ValueError: for wrong names, or fp8 or int4 for a vae.
     """
     row = get_method(method)
     check_name(component_type, COMPONENT_TYPES, "component_type")
     check_name(granularity, GRANULARITIES, "granularity")
+    check_patterns(skip_patterns, "skip_patterns")
     layers = decide_layers(model, row, component_type, granularity, skip_patterns)
     quantized = {id(layer.weight): layer for layer in layers if layer.config is not None}
     sizes: dict[tuple[torch.Size, str], int] = {}

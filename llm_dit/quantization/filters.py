@@ -67,6 +67,13 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(name, form) for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
+def check_patterns(patterns: Sequence[str], what: str) -> tuple[str, ...]:
+    """The patterns; raises ValueError for a string, whose letters would be taken for patterns."""
+    if isinstance(patterns, str):
+        raise ValueError(f"{what} must be a list of name patterns, not the string {patterns!r}: write [{patterns!r}]")
+    return tuple(patterns)
+
+
 def is_fp8_compatible_layer(linear: nn.Module) -> bool:
     """True if both dimensions of the Linear are divisible by 16, which fp8 matrix multiplication asks for."""
     return isinstance(linear, nn.Linear) and linear.in_features % 16 == 0 and linear.out_features % 16 == 0
@@ -138,7 +145,7 @@ def _shape_reason(module: nn.Module, method: Method) -> str:
 
 def _layer_config(module: nn.Module, method: Method, granularity: str) -> AOBaseConfig:
     if isinstance(module, _ConvNd):
-        return Int8ConvConfig(transposed=isinstance(module, _ConvTransposeNd))
+        return Int8ConvConfig(isinstance(module, _ConvTransposeNd), module.groups)
     assert method.make_config is not None
     return method.make_config(granularity)
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 FP8_CAPABILITY = (8, 9)
 """Ada (RTX 40, L4) and Hopper were the first with fp8 tensor cores; `torch._scaled_mm` asks for the same."""
-BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,11 @@ class Hardware:
     @property
     def has_fp8(self) -> bool:
         return self.capability is not None and self.capability >= FP8_CAPABILITY
+
+    @property
+    def recommended_method(self) -> str:
+        """The fastest of 8 bits: "fp8-dynamic" where there are fp8 tensor cores, else "int8"."""
+        return "fp8-dynamic" if self.has_fp8 else "int8"
 
 
 def current_device() -> torch.device:
@@ -55,7 +59,7 @@ def check_fp8_support() -> bool:
 
 def get_recommended_method() -> str:
     """`fp8-dynamic` on a CUDA device of capability >= 8.9, else `int8`."""
-    return "fp8-dynamic" if check_fp8_support() else "int8"
+    return detect_hardware().recommended_method
 
 
 @cache
@@ -87,7 +91,7 @@ def lack_of_support(method: Method, granularity: str = "per-row", dtype: torch.d
     if not method.fp8:
         return None
     if hardware.capability is None:
-        if method.name == "fp8-dynamic" and granularity == "per-row" and not cpu_multiplies_row_scaled_fp8():
+        if method.quantizes_activations and granularity == "per-row" and not cpu_multiplies_row_scaled_fp8():
             return (
                 f"torch {torch.__version__} cannot multiply fp8 with per-row scales on the CPU, and there is no CUDA device: use "
                 "granularity 'per-tensor', 'fp8-weight-only', or a newer torch (2.13 can)"
@@ -100,9 +104,9 @@ def lack_of_support(method: Method, granularity: str = "per-row", dtype: torch.d
             f"{major}.{minor}: use {get_recommended_method()!r} instead"
         )
     half = dtype is not None and dtype != torch.bfloat16
-    if method.name == "fp8-dynamic" and granularity == "per-row" and half:
+    if method.quantizes_activations and granularity == "per-row" and half:
         return (
-            f"fp8-dynamic with per-row scales computes in bfloat16 on CUDA, and the weights are {dtype}: load with "
+            f"{method.name} with per-row scales computes in bfloat16 on CUDA, and the weights are {dtype}: load with "
             "torch_dtype=torch.bfloat16, or use granularity 'per-tensor'"
         )
     return None

@@ -23,8 +23,8 @@ def set_int4_compute(model: nn.Module, compute: str) -> int:
         How many weights it was set for; those with a dimension that is not divisible by 16 stay at 16 bits.
 
     Raises:
-        ValueError: for another name, a model without int4 weights or that does not compute in bfloat16, or fp8 on a device
-            that cannot multiply it.
+        ValueError: for another name, a model without int4 weights that fit or that does not compute in bfloat16, or fp8 on a
+            device that cannot multiply it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(128, 64, dtype=torch.bfloat16))
@@ -45,6 +45,10 @@ def set_int4_compute(model: nn.Module, compute: str) -> int:
             f"int4 with fp8 compute gives bfloat16, and {type(model).__name__} computes in {others.pop()}: load it in bfloat16"
         )
     fitting = [weight for weight in weights if all(size % 16 == 0 for size in weight.shape)]
+    if compute == "fp8" and not fitting:
+        raise ValueError(
+            f"none of the {len(weights)} int4 weights of {type(model).__name__} can be set: fp8 takes multiples of 16"
+        )
     for weight in fitting:
         weight.fp8_compute = compute == "fp8"
     return len(fitting)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..names import BACKENDS, GRANULARITIES, check_name
+from ..names import BACKENDS, COMPONENT_TYPES, GRANULARITIES, check_name
+from .filters import VAE_METHODS, check_patterns, vae_refusal
 from .methods import get_method
 
 
@@ -34,11 +35,11 @@ class PipelineQuantConfig:
     backend: str | Mapping[str, str] = "torchao"
 
     def __post_init__(self) -> None:
-        for role in ("encoder", "transformer", "vae"):
+        for role in COMPONENT_TYPES:
             object.__setattr__(self, role, get_method(getattr(self, role), f"{role} method").name)
+        if self.vae not in VAE_METHODS:
+            raise ValueError(vae_refusal(self.vae))
         check_name(self.granularity, GRANULARITIES, "granularity")
         for backend in [self.backend] if isinstance(self.backend, str) else self.backend.values():
             check_name(backend, BACKENDS, "quantization_backend")
-        if isinstance(self.skip, str):
-            raise ValueError(f"skip must be a list of name patterns, not the string {self.skip!r}: write [{self.skip!r}]")
-        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "skip", check_patterns(self.skip, "skip"))

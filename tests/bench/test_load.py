@@ -2,6 +2,7 @@
 
 import torch
 
+from llm_dit.bench import load
 from llm_dit.bench.load import HEADER, Case, Measurement, measure, row, run
 from llm_dit.tiny import build
 
@@ -25,6 +26,13 @@ def test_a_failing_case_does_not_take_the_others_with_it(tmp_path):
     assert "did you mean 'int8'" in failed.error
     assert fine.held_bytes > 0
     assert "int9" in row(failed)
+
+
+def test_a_repeat_that_failed_is_not_the_fastest(monkeypatch, tmp_path):
+    case = Case("bf16", "none")
+    runs = iter([Measurement(case, error="out of memory"), Measurement(case, seconds=3.0), Measurement(case, seconds=2.0)])
+    monkeypatch.setattr(load, "_in_fresh_process", lambda *_: next(runs))
+    assert [one.seconds for one in run(tmp_path, (case,), repeats=3)] == [2.0]
 
 
 def test_counts_what_the_pipeline_holds(tmp_path):

@@ -1,6 +1,7 @@
 """`bench sensitivity` on a tiny pipeline: what it chooses, loaded as it writes it, is what it measured."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def test_the_choice_holds_what_was_asked(trial, rows):
     assert trial.best(rows, 0).skip == ()
     with pytest.raises(ValueError, match="cannot hold 99 dB"):
         trial.best(rows, 99)
+
+
+def test_it_goes_on_from_the_rows_of_the_same_question_alone(trial, rows, tmp_path, monkeypatch):
+    place = tmp_path / "rows.json"
+    marked = [{**row, "psnr": 1.0} for row in rows]
+    place.write_text(json.dumps([{**marked[0], "question": "another"}, *marked[1:]]))
+    monkeypatch.setattr(trial, "options", replace(trial.options, output=place))
+    found = list(trial.rows())
+    assert found[1:] == marked[1:]
+    assert found[0] == rows[0]
 
 
 def test_what_it_writes_loads_as_it_was_measured(trial, rows, tiny, tmp_path):

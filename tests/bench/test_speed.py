@@ -121,6 +121,14 @@ def test_a_case_that_takes_its_process_down_spares_the_others(monkeypatch):
     assert (second["method"], second["error"]) == ("int8", "the process was ended by SIGKILL")
 
 
+def test_a_process_that_can_measure_nothing_spares_the_next(monkeypatch):
+    """Its geometry cannot be built: of three cases, each in a process of its own, each says so itself."""
+    cases = [speed.Case("none-such", "llm-dit", method, "eager") for method in ("none", "int8", "int4")]
+    rows = list(speed.run(cases, speed.Options(steps=1, warmups=0, fresh=True, timeout_s=120)))
+    assert [row["method"] for row in rows] == ["none", "int8", "int4"]
+    assert all("none-such" in row["error"] and "exit code" not in row["error"] for row in rows)
+
+
 def test_a_process_that_does_not_report_is_given_up():
     (reported,) = messages("llm_dit.bench.speed", {}, timeout_s=0.01)
     assert reported.kind == DIED

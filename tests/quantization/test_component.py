@@ -13,6 +13,7 @@ from llm_dit.quantization import (
     VALID_METHODS,
     estimate_memory,
     get_method,
+    hardware,
     is_fp8_compatible_layer,
     model_bytes,
     quantize_component,
@@ -214,6 +215,35 @@ def test_nothing_to_quantize_is_an_error_that_says_why():
         quantize_component(nn.Sequential(nn.Linear(12, 10)), "fp8-dynamic", "transformer")
     with pytest.raises(ValueError, match="none of the 0 layers"):
         quantize_component(nn.ReLU(), "int8", "encoder")
+
+
+@pytest.mark.parametrize("method", QUANTIZING)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_model_that_is_refused_stays_as_it_was(method, value):
+    """So that what the error asks for, here to skip the layer, then quantizes the others."""
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16), nn.Linear(64, 64, dtype=torch.bfloat16))
+    with torch.no_grad():
+        model[1].weight[3, 5] = value
+    with pytest.raises(ValueError, match="layer '1' cannot be quantized: the weight holds NaN or infinity"):
+        quantize_component(model, method, "transformer")
+    assert quantized_names(model) == set()
+    _, stats = quantize_component(model, method, "transformer", skip_patterns=["1"])
+    assert stats["quantized_layers"] == 1
+
+
+@pytest.mark.parametrize("function", [quantize_component, estimate_memory])
+def test_a_string_is_no_list_of_patterns(function):
+    with pytest.raises(ValueError, match="skip_patterns must be a list of name patterns, not the string 'proj_out'"):
+        function(Model(), "int8", "transformer", skip_patterns="proj_out")
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float16], ids=str)
+def test_the_dtype_of_every_layer_counts(first, monkeypatch):
+    monkeypatch.setattr(hardware, "detect_hardware", lambda: hardware.Hardware("H100", (9, 0), 80 * 1024**3))
+    other = torch.float16 if first == torch.bfloat16 else torch.bfloat16
+    model = nn.Sequential(nn.Linear(64, 64, dtype=first), nn.Linear(64, 64, dtype=other))
+    with pytest.raises(ValueError, match=r"computes in bfloat16 on CUDA, and the weights are torch\.float16"):
+        quantize_component(model, "fp8-dynamic", "transformer")
 
 
 def test_a_bad_weight_is_named():

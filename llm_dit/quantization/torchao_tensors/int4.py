@@ -51,6 +51,11 @@ def group_size_for(columns: int, largest: int = GROUP_SIZE) -> int:
     raise ValueError(f"rows of {columns} weights do not divide into groups of {largest}, or a half or a quarter of it")
 
 
+def _floor(dtype: torch.dtype) -> float:
+    """The smallest step: in float16 a subnormal, for a step of small weights is one; kernels flush those of float32 to 0."""
+    return max(torch.finfo(dtype).tiny * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
+
+
 def searched_range(grouped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The smallest value of each group and the step between its 16, both [N, groups] in `dtype`: of `SHARES` the best.
 
@@ -63,7 +68,7 @@ def searched_range(grouped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     lowest, highest = grouped.amin(-1), grouped.amax(-1)
     span = highest - lowest
     # A group of equal weights has no range. The floor keeps the step from 0; such a group is its smallest value alone.
-    floor = torch.finfo(dtype).tiny
+    floor = _floor(dtype)
     # Written over for every share: on a CPU, memory that is new each time takes as long as the arithmetic.
     difference, steps = torch.empty_like(grouped), torch.empty_like(grouped)
     for share in SHARES:
@@ -87,7 +92,7 @@ def fitted_range(grouped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     activations have a mean, which errors of one sign would carry on, it passes nearly whole.
     """
     low, step = searched_range(grouped, dtype)
-    floor = torch.finfo(dtype).tiny
+    floor = _floor(dtype)
     mean = grouped.mean(-1)
     values, products = torch.empty_like(grouped), torch.empty_like(grouped)
     for _ in range(ROUNDS):

@@ -28,9 +28,11 @@ class Int8ConvConfig(AOBaseConfig):
     Attributes:
         transposed: the weight is [C_in, C_out / groups, ...], as of `nn.ConvTranspose*`; else [C_out, C_in / groups,
             ...].
+        groups: of the convolution; a transposed one has the channels of its groups one after the other in C_in.
     """
 
     transposed: bool = False
+    groups: int = 1
 
 
 @serializable
@@ -39,8 +41,8 @@ class Int8ConvTensor(DequantizedWeight):
 
     Tensor attributes:
         qdata: int8, the shape of the weight.
-        scale: float32, 1 in every dimension but the output channels': [C_out, 1, ...] or, transposed, [1, C_out, 1,
-            ...].
+        scale: float32, one for every output channel: [C_out, 1, ...] or, transposed, [1, C_out, 1, ...] and, in groups,
+            [C_in, C_out / groups, 1, ...], where the rows of a group are the same.
 
     Non-tensor attributes:
         dtype: dtype of the weight that was quantized.
@@ -68,10 +70,15 @@ class Int8ConvTensor(DequantizedWeight):
 def quantize_int8_conv(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
     """A convolution weight -> `Int8ConvTensor`; the largest of the video VAEs has 28 M weights, so it goes as a whole."""
     assert isinstance(config, Int8ConvConfig)
-    channel = 1 if config.transposed else 0
-    others = [dim for dim in range(weight.ndim) if dim != channel]
     values = weight.to(compute).float()
-    scale = values.abs().amax(dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).eps) / _MAX
+    groups = config.groups if config.transposed else 1
+    grouped = values.abs().unflatten(0, (groups, -1))
+    channel = 2 if config.transposed else 1
+    others = [dim for dim in range(1, grouped.ndim) if dim != channel]
+    largest = grouped.amax(dim=others, keepdim=True)
+    if groups > 1:
+        largest = largest.repeat_interleave(values.shape[0] // groups, dim=1)
+    scale = largest.flatten(0, 1).clamp(min=torch.finfo(torch.float32).eps) / _MAX
     qdata = (values / scale).round_().clamp_(-_MAX, _MAX).to(torch.int8)
     scale = scale.to(target)
     require_finite(scale)

@@ -1,7 +1,8 @@
 """Activations that several Linears read are quantized once.
 
 An attention's q, k and v (and LTX-2's gate) get the same tensor one after the other. The last one that was quantized is kept for
-as long as it lives, and taken again if it is the same object, unchanged, on the same stream. Under `torch.inference_mode`, where
+as long as it lives, and taken again if it is the same object, unchanged, on the same stream; unchanged as torch counts it, which
+writes through `.data`, another library's view of the memory or a raw kernel escape. Under `torch.inference_mode`, where
 tensors do not count their changes, nothing is kept, and neither is it under a compiler, which shares such work itself.
 """
 

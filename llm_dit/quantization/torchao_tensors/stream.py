@@ -10,6 +10,7 @@ module that is in memory) and a loader (a tensor that was just read, to be held 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -42,7 +43,7 @@ def row_chunks(weight: Tensor, compute: torch.device) -> Iterator[slice]:
     """Slices of dimension 0 of `weight` ([N, ...]) of the size that suits `compute`; one slice for all on meta."""
     rows = weight.shape[0]
     elements = CHUNK_ELEMENTS.get(compute.type, GPU_CHUNK_ELEMENTS)
-    step = rows if weight.is_meta else max(1, elements // max(1, weight[0].numel()))
+    step = rows if weight.is_meta else max(1, elements // max(1, math.prod(weight.shape[1:])))
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(start + step, rows))
 

@@ -21,6 +21,7 @@ CONVS = {
     "conv3d": (nn.Conv3d(6, 8, (1, 3, 3), padding="same"), (1, 6, 3, 8, 8)),
     "transposed1d": (nn.ConvTranspose1d(6, 8, 4, stride=2), (2, 6, 9)),
     "transposed2d": (nn.ConvTranspose2d(6, 8, 4, stride=2, groups=2), (2, 6, 5, 5)),
+    "transposed2d-depthwise": (nn.ConvTranspose2d(8, 8, 4, stride=2, groups=8), (2, 8, 5, 5)),
     "transposed3d": (nn.ConvTranspose3d(6, 8, 3), (1, 6, 3, 4, 4)),
 }
 
@@ -34,8 +35,8 @@ class CausalConv3d(nn.Conv3d):
 
 def quantized_conv(conv, dtype=torch.float32):
     conv = copy.deepcopy(conv).to(dtype)
-    transposed = "Transpose" in type(conv).__name__
-    conv.weight = nn.Parameter(quantize_weight(conv.weight, Int8ConvConfig(transposed=transposed)), requires_grad=False)
+    config = Int8ConvConfig("Transpose" in type(conv).__name__, conv.groups)
+    conv.weight = nn.Parameter(quantize_weight(conv.weight, config), requires_grad=False)
     return conv
 
 
@@ -65,12 +66,23 @@ def test_a_subclass_with_its_own_forward():
 
 @pytest.mark.parametrize("name", CONVS)
 def test_one_scale_per_output_channel(name):
-    conv, _ = CONVS[name]
-    weight = quantized_conv(conv).weight
-    channels = weight.shape[1 if "Transpose" in type(conv).__name__ else 0]
-    assert weight.scale.numel() == channels
-    assert weight.scale.dtype == torch.float32
-    assert weight.qdata.dtype == torch.int8
+    """However much channels differ, each is as near as if it were alone."""
+    conv, shape = copy.deepcopy(CONVS[name])
+    sizes, channels = torch.logspace(-3, 0, conv.out_channels), conv.out_channels // conv.groups
+    with torch.no_grad():
+        if "Transpose" in type(conv).__name__:  # [C_in, C_out / groups, ...]
+            factors = sizes.view(conv.groups, 1, channels).expand(-1, conv.in_channels // conv.groups, -1).flatten(0, 1)
+        else:
+            factors = sizes.view(-1, 1)
+        conv.weight.mul_(factors[(..., *[None] * (conv.weight.ndim - 2))])
+        conv.bias.zero_()
+    quantized = quantized_conv(conv)
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for one, expected in zip(quantized(inputs).unbind(1), conv(inputs).unbind(1), strict=True):
+        assert error(one, expected) < 0.02
+    assert len(quantized.weight.scale.unique()) == conv.out_channels
+    assert quantized.weight.scale.dtype == torch.float32
+    assert quantized.weight.qdata.dtype == torch.int8
 
 
 @settings(max_examples=20, deadline=None)
@@ -100,6 +112,13 @@ def test_int4_equals_its_formula():
 def test_int4_keeps_groups_of_equal_weights_exactly():
     original = torch.full((2, 256), 0.125, dtype=torch.bfloat16)
     assert torch.equal(quantize_weight(original, Int4GroupConfig()).dequantize(), original)
+
+
+@pytest.mark.parametrize("size", [1e-4, 3e-5, 1e-5, 1.0])
+def test_int4_of_small_float16_weights(size):
+    """Their steps are subnormal."""
+    weight = (size * torch.randn(16, 256, generator=torch.Generator().manual_seed(0))).half()
+    assert error(quantize_weight(weight, Int4GroupConfig()).dequantize(), weight) < 0.11
 
 
 @pytest.mark.parametrize("make", [int4, lambda: quantized_conv(CONVS["conv2d"][0]).weight.data], ids=["int4", "conv"])
@@ -175,6 +194,9 @@ def test_int4_multiplied_in_fp8():
     back, _ = unflatten_tensor_state_dict(flat, metadata)
     assert back["0.weight"].fp8_compute
     assert set_int4_compute(model, "16-bit") == 1
+    odd, _ = quantize_component(nn.Sequential(nn.Linear(128, 24, dtype=torch.bfloat16)), "int4", "transformer")
+    with pytest.raises(ValueError, match="none of the 1 int4 weights of Sequential can be set"):
+        set_int4_compute(odd, "fp8")
     assert torch.equal(model[0](inputs), exact)
 
 

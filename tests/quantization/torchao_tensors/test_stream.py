@@ -9,7 +9,7 @@ from torchao.quantization import Float8Tensor, Int8Tensor, PerRow, PerTensor, qu
 
 from llm_dit.quantization import METHODS, VALID_METHODS
 from llm_dit.quantization.torchao_tensors import stream
-from llm_dit.quantization.torchao_tensors.stream import quantize_weight
+from llm_dit.quantization.torchao_tensors.stream import quantize_weight, row_chunks
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 QUANTIZING = [method for method in VALID_METHODS if method != "none"]
@@ -23,6 +23,12 @@ def weight(rows=32, columns=256, dtype=torch.bfloat16, seed=0):
 
 def error(value, reference):
     return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (4, 0), (0,)])
+def test_an_empty_weight_has_no_rows_to_go_through(shape):
+    chunks = list(row_chunks(torch.empty(shape), torch.device("cpu")))
+    assert sum(chunk.stop - chunk.start for chunk in chunks) == shape[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
