@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from .cli_bench import bench_app
 from .cli_plan import plan
 from .terminal import METHODS_HELP, as_typed, console, print_plain
+from .writing import new_folder
 
 if TYPE_CHECKING:
     from .generate import GenerateOptions
@@ -215,10 +215,8 @@ def quantize(
         raise ValueError(
             "quantize has nothing to quantize, for every component's method is 'none': give --quantization, e.g. int8"
         )
-    beside = output.with_name(f"{output.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)  # what an interrupted run left
-    pipe.save_pretrained(beside)
-    beside.rename(output)
+    with new_folder(output) as beside:
+        pipe.save_pretrained(beside)
     print_plain(str(pipe.quantization_report))
     console.print(f"saved to {output}")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,3 +13,12 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its name at the end; what an interrupted run left beside it goes first."""
+    beside = path.with_name(f"{path.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    yield beside
+    beside.rename(path)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 
-from ..families import pipeline_classes, published_models
+from ..families import published_models, quantizable_class
 from ..load import load_pipeline
 from ..names import nearest
 from ..planning.auto import plan_for
@@ -173,7 +173,7 @@ def _peer(case: Case, device: torch.device) -> Any:
     if case.model in BUDGETS:
         stock = case.way == WAYS[2]
         for name, make in published_models()[case.model].components.items():
-            role = pipeline_classes()[f"Quantizable{published_models()[case.model].pipeline_class}"].family.role(name)
+            role = quantizable_class(published_models()[case.model].pipeline_class).family.role(name)
             setattr(tiny, name, fill(make, device, stock="int8" if stock and role != "vae" else None))
         return tiny
     return tiny.to(device)
@@ -187,7 +187,7 @@ def _call(pipe: Any, case: Case, folder: Path, steps: int) -> dict[str, Any]:
         return dict(get(case.model).call())
     from ..generate import GenerateOptions, call_arguments
 
-    family = pipeline_classes()[f"Quantizable{type(pipe).__name__.removeprefix('Quantizable')}"].family
+    family = quantizable_class(type(pipe).__name__).family
     pipe.family = family  # a peer's pipeline is diffusers' own, and takes the same arguments
     return call_arguments(pipe, GenerateOptions(str(folder), PROMPT, folder, call={"num_inference_steps": steps}))
 

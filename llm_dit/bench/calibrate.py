@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..decoding import Cut, apply_cut
-from ..families import pipeline_classes, published_models
+from ..families import published_models, quantizable_class
 from ..families.base import Family
 from ..forwards import Size
 from ..names import nearest
@@ -181,14 +181,13 @@ def measure_context(free_before: int) -> dict[str, int | None]:
 
 def components_of(geometry: str) -> tuple[Family, Mapping[str, Callable[[], nn.Module]]]:
     """A family, and what makes the components that are measured: shortened but for VAEs, or a tiny pipeline's own."""
-    classes = pipeline_classes()
     if geometry in published_models():
         model = published_models()[geometry]
-        family = classes[f"Quantizable{model.pipeline_class}"].family
+        family = quantizable_class(model.pipeline_class).family
         return family, {name: make if family.role(name) == "vae" else shortened(make) for name, make in model.components.items()}
     from ..tiny import build, get
 
-    pipe, family = build(geometry), classes[f"Quantizable{get(geometry).pipeline_class}"].family
+    pipe, family = build(geometry), quantizable_class(get(geometry).pipeline_class).family
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
     return family, {name: partial(_itself, model) for name, model in models.items()}
 

@@ -44,7 +44,6 @@ COLUMNS: Final[Columns] = (
     ("ratio", ".2f"),
     ("relerr", ".4f"),
 )
-_LAYOUTS: Final = {"flux2": "bfl", "ltx2": "ltx"}
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,13 @@ def build_bf16(folder: Path, name: str) -> None:
 
 def build(folder: Path, name: str) -> Row:
     """The same, and the converted file beside it."""
-    from ..checkpoints.convert import convert
+    from ..checkpoints.convert import convert, layout_of
 
     build_bf16(folder, name)
     start = time.perf_counter()
     target = folder / "fp8.safetensors"
     if not target.exists():
-        convert(folder, target, _LAYOUTS.get(GEOMETRIES[name].family, "comfy"))
+        convert(folder, target, layout_of(GEOMETRIES[name].family))
     return {"convert_s": time.perf_counter() - start}
 
 

@@ -25,6 +25,7 @@ from ..generate import GenerateOptions, call_arguments
 from ..load import load_pipeline, pipeline_class_of
 from ..names import check_name
 from ..quantization import VALID_METHODS, detect_hardware
+from ..writing import new_folder
 from .implementations import COMPILE_MODES, MODES
 from .results import END_TO_END_COLUMNS, Job, Row, Selection
 from .timing import GIB, synchronize
@@ -161,9 +162,8 @@ def quantize_folder(folder: Path, method: str, target: Path) -> None:
 
 
 def _save(pipe: Any, folder: Path) -> None:
-    beside = folder.with_name(f"{folder.name}.part")
-    pipe.save_pretrained(beside, max_shard_size="5GB")
-    beside.rename(folder)
+    with new_folder(folder) as beside:
+        pipe.save_pretrained(beside, max_shard_size="5GB")
 
 
 def measure(case: Case, folder: Path, steps: int | None, pictures: int, started: float) -> Row:

@@ -24,6 +24,7 @@ from ..families import published_models
 from ..load import load_pipeline
 from ..names import check_name
 from ..quantization.sizes import model_bytes
+from ..writing import new_folder
 from .fresh import FreshProcessError, in_fresh_process
 
 MIB: Final = 1024**2
@@ -94,9 +95,8 @@ def build_folder(folder: Path, geometry: str) -> None:
         pipe.text_encoder = random_model(_small_text_encoder, device)
     else:
         pipe.transformer = random_model(published_models()[geometry].components["transformer"], device)
-    beside = folder.with_name(folder.name + ".part")
-    pipe.save_pretrained(beside, max_shard_size="5GB")
-    beside.rename(folder)
+    with new_folder(folder) as beside:
+        pipe.save_pretrained(beside, max_shard_size="5GB")
 
 
 _SMALL_TRANSFORMER: Final[dict[str, Any]] = {
@@ -238,7 +238,8 @@ def _saved(folder: Path, case: Case) -> Path:
 def _save_quantized(folder: Path, place: Path, method: str) -> None:
     keywords = {"device_map": "cuda"} if torch.cuda.is_available() else {}
     both = {"transformer": method, "encoder": method}
-    load_pipeline(folder, quantization=both, torch_dtype=torch.bfloat16, **keywords).save_pretrained(place)
+    with new_folder(place) as beside:
+        load_pipeline(folder, quantization=both, torch_dtype=torch.bfloat16, **keywords).save_pretrained(beside)
 
 
 @contextmanager

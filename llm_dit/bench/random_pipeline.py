@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..backends import ComponentRequest
 from ..backends.saving import attach_saver
-from ..families import pipeline_classes, published_models
+from ..families import published_models, quantizable_class
 from ..planning.activations import make_on_meta, shortened
 from ..planning.plan import Plan
 from ..quantization import METHODS, get_method
@@ -32,7 +32,7 @@ def published_pipeline(model: str, tiny: str, plan: Plan, device: torch.device) 
     from ..tiny import build
 
     row = published_models()[model]
-    pipe = pipeline_classes()[f"Quantizable{row.pipeline_class}"](**build(tiny).components)
+    pipe = quantizable_class(row.pipeline_class)(**build(tiny).components)
     for part in tqdm(plan.components, desc="Making random weights", unit="component"):
         make = row.components[part.name]
         request = None

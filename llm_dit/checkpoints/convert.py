@@ -66,6 +66,11 @@ STYLES: Final[Mapping[str, Style]] = {
 }
 
 
+def layout_of(family: str) -> str:
+    """The layout of a family's official fp8 files, or ComfyUI's."""
+    return next((style.name for style in STYLES.values() if family in style.families), "comfy")
+
+
 @dataclass(frozen=True)
 class Converted:
     """What was written."""
