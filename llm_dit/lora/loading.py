@@ -29,7 +29,7 @@ def loading(models: Mapping[str, nn.Module], hotswap: bool = False) -> Iterator[
     """Around diffusers' `load_lora_weights`, which loads into `models`.
 
     Raises:
-        ValueError: if nothing of the LoRA belongs to one of `models`, or it holds NaN or infinity; nothing stays loaded then.
+        ValueError: if it holds NaN or infinity; nothing stays loaded then.
     """
     known = {name: _adapters(model) for name, model in models.items()}
     before = {name: _snapshot(model) for name, model in models.items()} if hotswap else {}
@@ -37,11 +37,6 @@ def loading(models: Mapping[str, nn.Module], hotswap: bool = False) -> Iterator[
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # fusing is ours, and needs none
         yield
     added = {name: _adapters(model) - known[name] for name, model in models.items()}
-    if not hotswap and not any(added.values()):
-        raise ValueError(
-            f"the LoRA has no weight for {' or '.join(models) or 'any model of this pipeline'}: its names belong to another "
-            "family, or to a text encoder alone; nothing was loaded"
-        )
     try:
         for name, model in models.items():
             _require_finite(name, model, _adapters(model) if hotswap else added[name])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import diffusers
 import pytest
@@ -325,12 +326,31 @@ def test_files_that_are_no_weights_are_passed_over(tiny, tmp_path):
 # --- what is wrong with a LoRA -------------------------------------------------------------------------------------------------
 
 BROKEN = {
-    "another family": (lambda state: {key.replace("layers", "double_blocks"): value for key, value in state.items()}, "."),
+    "another family": (
+        lambda state: {key.replace("layers", "double_blocks"): value for key, value in state.items()},
+        "2 of the 2 layers of the LoRA are not in this pipeline, the first of them 'transformer.double_blocks.0.attention.to_q'",
+    ),
+    "another family, a layer apart": (
+        lambda state: {
+            **{key.replace("layers", "double_blocks"): value for key, value in state.items()},
+            **{key.replace("layers", "triple_blocks"): value for key, value in state.items()},
+            **{key: value for key, value in state.items() if "to_q" in key},
+        },
+        "4 of the 5 layers",
+    ),
     "a text encoder's": (
         lambda state: {key.replace("transformer.", "unet."): value for key, value in state.items()},
         "no weight for",
     ),
-    "another size": (lambda state: {key: value[..., :3] if "lora_A" in key else value for key, value in state.items()}, "shape"),
+    "other inputs": (
+        lambda state: {key: value[..., :3] if "lora_A" in key else value for key, value in state.items()},
+        "it has 3 inputs for 'transformer.layers.0.attention.to_q', and the model",
+    ),
+    "other outputs": (
+        lambda state: {key: value[:3] if "lora_B" in key else value for key, value in state.items()},
+        "it has 3 outputs for",
+    ),
+    "no LoRA": (lambda state: {"layers.0.weight": torch.zeros(2, 2)}, "is no LoRA: no name in it says lora or lokr"),
     "NaN": (lambda state: {key: value * float("nan") for key, value in state.items()}, "NaN or infinity"),
     "infinity": (lambda state: {key: value / 0 for key, value in state.items()}, "NaN or infinity"),
 }
@@ -342,12 +362,39 @@ def test_broken_loras_are_refused_and_leave_nothing(what, way, tiny):
     pipe = load_pipeline(tiny("z-image"), **WAYS.get(way, {"dtype": torch.bfloat16}))
     without = generate(pipe, "z-image")
     change, message = BROKEN[what]
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         pipe.load_lora_weights(change(lora(pipe.transformer, TARGETS["z-image"])), adapter_name="broken")
     assert not any(pipe.get_list_adapters().values())
     assert torch.equal(generate(pipe, "z-image"), without)
     pipe.load_lora_weights(lora(pipe.transformer, TARGETS["z-image"]), adapter_name="broken")  # the name is free
     assert not torch.equal(generate(pipe, "z-image"), without)
+
+
+@pytest.mark.parametrize("text", ["", "not a checkpoint"])
+def test_a_file_that_is_no_lora_is_named(text, tiny, tmp_path):
+    pipe = load_pipeline(tiny("z-image"), quantization="int8")
+    file = tmp_path / "style.safetensors"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"style\.safetensors' cannot be read as a LoRA") as error:
+        pipe.load_lora_weights(file)
+    assert "\n" not in str(error.value)
+    save_file({"layers.0.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(ValueError, match=r"style\.safetensors' is no LoRA: no name in it says lora or lokr"):
+        pipe.load_lora_weights(file)
+
+
+def test_layers_without_a_place_are_told(tiny):
+    pipe = load_pipeline(tiny("z-image"), quantization="int8")
+    state = lora(pipe.transformer, TARGETS["z-image"])
+    more = {key.replace("layers.0", "layers.77"): value for key, value in state.items() if "layers.0" in key}
+    with pytest.warns(UserWarning, match=r"1 of the 3 layers .* no place here .*: 'transformer\.layers\.77\.attention\.to_q'"):
+        pipe.load_lora_weights({**state, **more})
+    assert "1 of the 3 layers of the LoRA have no place here" in str(pipe.quantization_report)
+    pipe.unload_lora_weights()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe.load_lora_weights(state)
+    assert "no place here" not in str(pipe.quantization_report)
 
 
 def test_a_sum_that_overflows_is_refused_and_nothing_is_fused(tiny):
