@@ -16,7 +16,7 @@ from rich.table import Table
 from .cli_bench import bench_app
 from .cli_plan import plan
 from .terminal import METHODS_HELP, as_typed, console, print_plain
-from .writing import new_folder
+from .writing import check_place, new_folder
 
 if TYPE_CHECKING:
     from .generate import GenerateOptions
@@ -192,8 +192,7 @@ def quantize(
 
     if output.exists():
         raise ValueError(f"{str(output)!r} exists already: give a folder that does not")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(output.absolute().parent)!r} to write into: make it first")
+    check_place(output)
     methods = (quantization, quantization_transformer, quantization_encoder, quantization_vae)
     if not any(methods) and config is None:
         raise ValueError("quantize needs a method: give --quantization, e.g. int8, one for a component, or a --config")

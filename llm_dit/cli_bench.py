@@ -9,6 +9,13 @@ from typing import Annotated
 import typer
 
 from .terminal import METHODS_HELP, print_plain
+from .writing import check_place, write_text
+
+Results = Annotated[
+    Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.", callback=check_place)
+]
+Table = Annotated[Path | None, typer.Option(help="Write the Markdown table.", callback=check_place)]
+Again = Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")]
 
 bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -18,7 +25,9 @@ def load(
     geometry: Annotated[str, typer.Option(help="1gb or klein-9b.")] = "1gb",
     folder: Annotated[Path | None, typer.Option(help="Where the random weights lie; kept between runs.")] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each case; the fastest counts.")] = 1,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.", callback=check_place)
+    ] = None,
 ) -> None:
     """Load time and peak memory: bf16, plain diffusers + TorchAoConfig, llm-dit."""
     import tempfile
@@ -34,7 +43,7 @@ def load(
         results.append(asdict(result))
         print_plain(bench.row(result))
         if output:
-            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_text(output, json.dumps(results, indent=2) + "\n")
 
 
 @bench_app.command()
@@ -43,16 +52,14 @@ def speed(
     method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}, or layerwise; repeatable; all.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="eager, compile, graph or eager-graph; repeatable; all.")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="llm-dit, torchao, diffusers, sdnq; repeatable.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw speed against memory and error into a PNG.")] = None,
+    output: Results = None,
+    table: Table = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed by memory and error into a PNG.", callback=check_place)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed forwards (10); with --end-to-end, denoising steps.")] = None,
     warmups: Annotated[int, typer.Option(min=1, help="Forwards before the timed ones.")] = 3,
     fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="A process for every case, or one a geometry.")] = True,
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU, record the time by kind of kernel too.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Whole pipelines, from process start to picture.")] = False,
     saved: Annotated[str, typer.Option(help="End to end: the folder holds the bf16 or the quantized model.")] = "bf16",
@@ -76,13 +83,11 @@ def speed(
 @bench_app.command()
 def checkpoint(
     geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3, tiny-klein ...; repeatable.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    output: Results = None,
+    table: Table = None,
     folder: Annotated[Path | None, typer.Option(help="Where the files lie while it runs.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed forwards.")] = 5,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
 ) -> None:
     """An official-layout fp8 file against run-time quantization and layerwise casting."""
@@ -99,12 +104,10 @@ def checkpoint(
 def lora(
     geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, z-image, tiny-klein ...; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}; repeatable; all.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    output: Results = None,
+    table: Table = None,
     folder: Annotated[Path | None, typer.Option(help="Where the bf16 model lies while it runs.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is given up.")] = 900,
 ) -> None:
     """Fusing 1, 2 and 4 LoRAs into quantized weights: seconds and peak memory."""
@@ -123,11 +126,9 @@ def lora(
 def calibrate(
     geometry: Annotated[list[str] | None, typer.Option(help="klein-9b, ltx-2.3 ..., or a tiny one; repeatable; all.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Points measured at once, 5 to 20 GB of the card each.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    output: Results = None,
+    table: Table = None,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 300,
     fit: Annotated[Path | None, typer.Option(help="Measure nothing: write the constants that these results give.")] = None,
 ) -> None:
@@ -149,13 +150,11 @@ def budgets(
         list[str] | None, typer.Option(help="klein-4b, flux2-dev ..., or with --vram a tiny one; repeatable.")
     ] = None,
     vram: Annotated[str | None, typer.Option(help="Another budget than the one each model is promised in.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    output: Results = None,
+    table: Table = None,
     folder: Annotated[Path | None, typer.Option(help="Where the pipelines lie while they run: up to 45 GB.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 2,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a process is given up.")] = 400,
 ) -> None:
     """Whole pipelines in the budgets that their plans promise, and plain diffusers in the same."""
@@ -182,8 +181,8 @@ def quality(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     floor: Annotated[str, typer.Option(help="What bf16 itself is compared with: float32, compile or skip.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 1,
-    sheet: Annotated[Path | None, typer.Option(help="A contact sheet, PNG.")] = None,
-    report: Annotated[Path | None, typer.Option(help="A report that holds all it shows, HTML.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="A contact sheet, PNG.", callback=check_place)] = None,
+    report: Annotated[Path | None, typer.Option(help="A report that holds all it shows, HTML.", callback=check_place)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """The same prompts and seeds under each method: PSNR, SSIM, FLIP, latents, noisiest layers, caption score."""
@@ -247,11 +246,9 @@ def sensitivity(
     height: Annotated[int | None, typer.Option(min=1)] = None,
     width: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the groups; a later run goes on from it.")
-    ] = None,
+    output: Results = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 1,
-    toml: Annotated[Path | None, typer.Option(help="Write the section of config.toml.")] = None,
+    toml: Annotated[Path | None, typer.Option(help="Write the section of config.toml.", callback=check_place)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which layers a method harms most per byte, and the skip list that holds a quality at the fewest bytes."""
@@ -259,7 +256,6 @@ def sensitivity(
 
     from .bench import sensitivity as bench
     from .quantization.report import format_bytes
-    from .writing import write_text
 
     asked = _asked(source, captions, prompts)
     trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output, batch))
@@ -285,12 +281,11 @@ def int4_grids(
     source: Annotated[str, typer.Argument(help="A pipeline's folder or repository id.")],
     captions: Annotated[int, typer.Option(min=1, help="Prompts: so many captions of scenes.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Prompts of one call.")] = 10,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON of the rows.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON of the rows.", callback=check_place)] = None,
 ) -> None:
     """Ways to choose int4 values, compared on pictures: group sizes, symmetry, clipping, HQQ, a low-rank correction."""
     from .bench import int4_grids as bench
     from .bench.sensitivity import Options, Sensitivity
-    from .writing import write_text
 
     rows = list(bench.compare(Sensitivity(Options(source, "int4", _asked(source, captions, None), batch=batch))))
     if output:
@@ -307,12 +302,10 @@ def parallel(
     pixels: Annotated[int, typer.Option(min=0, help="Side of the picture that is split.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Prompts of the list.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a prompt.")] = 8,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown table.")] = None,
+    output: Results = None,
+    table: Table = None,
     folder: Annotated[Path | None, typer.Option(help="Where the pipeline lies; kept between runs.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without a result after which processes are given up.")] = 600,
 ) -> None:
     """Several GPUs against one: a large picture split between them, and a list of prompts shared out."""
@@ -330,10 +323,8 @@ def soak(
     pipeline: Annotated[list[str] | None, typer.Option(help="A tiny pipeline: z-image, flux2-klein ...; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"{METHODS_HELP}; repeatable.")] = None,
     generations: Annotated[int, typer.Option(min=1, help="Generations of each.")] = 200,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.")
-    ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")] = False,
+    output: Results = None,
+    again: Again = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a soak is given up.")] = 1800,
 ) -> None:
     """Is memory flat over many generations, through compiling, LoRA swaps and offloading?"""

@@ -41,12 +41,11 @@ def plan(
     from .planning.plan import checked_size, make_plan
     from .planning.show import matrix, page, shown
     from .planning.sizes import pipeline_sizes
-    from .writing import write_text
+    from .writing import check_place, write_text
 
     chosen = _card(card, bool(vram))
     budgets = [parse_bytes(text) for text in vram] if vram else [_memory(chosen)]
-    if table is not None and not table.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(table.absolute().parent)!r} to write {table.name!r} into: make it first")
+    check_place(table)
     plans = []
     for name in OFFLINE if model == ALL else (model,):
         sizes = pipeline_sizes(name)

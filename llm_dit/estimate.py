@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from .names import first_line, nearest
 from .quantization import METHODS, VALID_METHODS, MemoryEstimate, estimate_memory
 from .quantization.filters import VAE_METHODS
 from .saved import was_quantized
+from .writing import read_json_file
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _published_makers(model: Published) -> dict[str, Maker]:
 
 def _from_config(path: Path, library: str, class_name: str, dtype: torch.dtype) -> tuple[nn.Module, int]:
     """A component on meta from its saved configuration, and the bytes of its files if it was saved quantized."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json_file(path / "config.json")
     quantized = was_quantized(config)
     saved = _file_bytes(path) if quantized else 0
     if quantized and not saved:

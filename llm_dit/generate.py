@@ -21,6 +21,7 @@ from .mixin import QuantizablePipelineMixin
 from .names import CALL_FILE, CONTEXT_PARALLEL, check_name, nearest
 from .parallel import process_group, rank
 from .quantization.hardware import current_device
+from .writing import check_place
 
 logger = logging.getLogger(__name__)
 OFFLOADS: Final = ("none", "model", "sequential")
@@ -169,8 +170,7 @@ def check_output(output: Path, video: bool) -> None:
     wanted = ".mp4" if video else ".png"
     if output.suffix.lower() != wanted:
         raise ValueError(f"the output {str(output)!r} must end in {wanted}, which is what this pipeline makes")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(output.absolute().parent)!r} to write {output.name!r} into: make it first")
+    check_place(output)
 
 
 def write_output(output: Path, result: Any, pipe: QuantizablePipelineMixin, call: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from .checkpoints.header import Header, read_header
 from .checkpoints.layout import FORMAT_TENSOR, Layout, read_layout
 from .checkpoints.recognize import Kind, recognize
 from .saved import was_layerwise
+from .writing import read_json_file
 
 _EMBEDDING = "embed_tokens.weight"
 """What every text encoder calls its embedding, a matrix that is looked up and not multiplied."""
@@ -25,10 +25,12 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     place = Path(path)
     if place.is_file():
         return {"kind": "file", "path": str(place), **describe_file(read_header(place))}
+    if not place.exists():
+        raise ValueError(f"there is no file or folder {str(place)!r}: give a pipeline folder or a .safetensors file")
     index = place / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{str(place)!r} is neither a safetensors file nor a folder with a model_index.json")
-    entries = json.loads(index.read_text(encoding="utf-8"))
+    entries = read_json_file(index)
     components = {
         name: _component(place / name, entry[1])
         for name, entry in entries.items()
@@ -111,7 +113,7 @@ def _component(folder: Path, class_name: str) -> dict[str, Any]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         return described
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json_file(config_file)
     quantization = config.get("quantization_config")
     if quantization:
         described["quantization"] = _saved_method(quantization)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
@@ -39,6 +38,7 @@ from .quantization.probe import probe_finite
 from .quantization.sizes import dense_bytes, model_bytes
 from .quantization.torchao_tensors.fused import fuse_weights
 from .saved import LAYERWISE_KEY, layerwise_mark, was_layerwise, was_quantized
+from .writing import read_json_file
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def read_json(source: str, filename: str, hub: Mapping[str, Any]) -> dict[str, A
             raise  # one that is not there in its type, and its words say how to get access
         except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
             return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json_file(path)
 
 
 def quantize_passed_component(model: nn.Module, backend: Backend, request: ComponentRequest) -> ComponentReport:

@@ -16,9 +16,8 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..names import check_name
 from .fresh import FreshProcessError, in_fresh_process
-from .geometry import GEOMETRIES
+from .geometry import GEOMETRIES, check_geometry
 from .load import sampled_host_memory
 from .results import Columns, Job, Row
 from .speed import flat
@@ -61,7 +60,7 @@ def plan(geometries: Sequence[str], folder: Path, steps: int = 5, timeout_s: flo
         ValueError: for an unknown geometry.
     """
     for name in geometries:
-        check_name(name, tuple(GEOMETRIES), "geometry")
+        check_geometry(name)
     cases = [Case(geometry, way) for geometry in geometries for way in WAYS]
     return Job(cases, lambda wanted: _run(wanted, folder, steps, timeout_s), COLUMNS)
 

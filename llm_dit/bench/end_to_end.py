@@ -81,15 +81,16 @@ def plan(
     Raises:
         ValueError: for an unknown name, or an implementation other than llm-dit.
     """
-    from .geometry import GEOMETRIES
+    from .geometry import check_geometry
 
     cuda = torch.cuda.is_available()
     geometries = selection.geometries or ("klein-9b" if cuda else "tiny-klein",)
     methods = selection.methods or ("none", "fp8-dynamic" if cuda else "int8")
     modes = selection.modes or ("eager",)
     check_name(saved, SAVED, "state of the saved folder")
+    for name in geometries:
+        check_geometry(name)
     for names, valid, what in (
-        (geometries, tuple(GEOMETRIES), "geometry"),
         (selection.implementations, ("llm-dit",), "implementation (end to end)"),
         (methods, VALID_METHODS, "method"),
         (modes, MODES, "mode"),

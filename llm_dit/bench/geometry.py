@@ -19,6 +19,7 @@ from torch import nn
 from ..building import default_dtype
 from ..families import get_family, published_models
 from ..forwards import Keywords, Size
+from ..names import check_name
 
 STD: Final = 0.02
 """Standard deviation of random matrices: at the widths of these models activations keep a scale near 1."""
@@ -114,3 +115,12 @@ _ROWS: Final = (
 )
 
 GEOMETRIES: Final[Mapping[str, Geometry]] = {row.name: row for row in _ROWS}
+
+
+def check_geometry(name: str) -> str:
+    """The name; raises ValueError for an unknown one, and without a GPU for one of the published sizes."""
+    check_name(name, tuple(GEOMETRIES), "geometry")
+    if GEOMETRIES[name].published and not torch.cuda.is_available():
+        small = next(row.name for row in _ROWS if row.tiny == GEOMETRIES[name].tiny and not row.published)
+        raise ValueError(f"{name} has its published size and is measured on a GPU, and there is none here: use {small!r}")
+    return name

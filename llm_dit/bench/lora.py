@@ -20,7 +20,7 @@ from ..names import check_name
 from ..quantization import METHODS
 from .checkpoint import build_bf16
 from .fresh import FreshProcessError, in_fresh_process
-from .geometry import GEOMETRIES
+from .geometry import check_geometry
 from .results import Columns, Job, Row
 from .timing import GIB, synchronize
 
@@ -60,7 +60,7 @@ def plan(geometries: Sequence[str], methods: Sequence[str], folder: Path, timeou
         ValueError: for an unknown name.
     """
     for name in geometries:
-        check_name(name, tuple(GEOMETRIES), "geometry")
+        check_geometry(name)
     for name in methods:
         check_name(name, tuple(METHODS), "method")
     cases = [Case(g, m, s, n) for g in geometries for m in methods for s in SOURCES for n in COUNTS]

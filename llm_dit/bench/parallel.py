@@ -33,7 +33,7 @@ from ..prompts import MANIFEST, Prompt, run_prompts
 from ..quantization import VALID_METHODS, detect_hardware
 from .end_to_end import PROMPT, build_folder
 from .fresh import FreshProcessError, in_fresh_process
-from .geometry import GEOMETRIES, Geometry, of_size
+from .geometry import GEOMETRIES, Geometry, check_geometry, of_size
 from .implementations import PREPARE, activate
 from .results import Columns, Job, Row
 from .speed import flat
@@ -123,8 +123,8 @@ def plan(geometry: str, pipeline: str, method: str, gpus: int, pixels: int, coun
     geometry = geometry or ("qwen-image" if cuda else "tiny-qwen-image")
     pipeline = pipeline or ("klein-4b" if cuda else "tiny-z-image")
     method = check_name(method or ("fp8-dynamic" if cuda else "int8"), VALID_METHODS, "method")
-    check_name(geometry, SPLIT_GEOMETRIES, "geometry (split)")
-    check_name(pipeline, tuple(GEOMETRIES), "geometry")
+    check_geometry(check_name(geometry, SPLIT_GEOMETRIES, "geometry (split)"))
+    check_geometry(pipeline)
     gpus = gpus or (torch.cuda.device_count() if cuda else 2)
     if gpus < 2 or (cuda and gpus > torch.cuda.device_count()):
         raise ValueError(f"--gpus {gpus} compares nothing, or more than there is: there are {torch.cuda.device_count()} GPUs")

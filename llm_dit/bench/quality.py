@@ -28,7 +28,7 @@ from ..names import check_name
 from ..quantization import METHODS, get_method
 from ..quantization.hardware import require_support
 from ..tiny import scenes
-from ..writing import write_text
+from ..writing import read_json_file, write_text
 from .layer_noise import layer_noise
 from .picture_metrics import METRICS, require_metrics
 from .pictures import batches, load, make
@@ -122,8 +122,11 @@ def _check_same_question(options: Options) -> None:
     """Raises ValueError if the folder holds the pictures of another question."""
     asked = {"source": options.source, "prompts": list(options.prompts), "call": {k: repr(v) for k, v in options.call.items()}}
     place = options.folder / "question.json"
-    if place.is_file() and json.loads(place.read_text(encoding="utf-8")) != asked:
-        raise ValueError(f"{str(options.folder)!r} holds pictures of another model, other prompts or sizes: give another folder")
+    before = read_json_file(place) if place.is_file() else asked
+    said = {"source": "another model", "prompts": "other prompts", "call": "other sizes or steps"}
+    other = [words for name, words in said.items() if before.get(name) != asked[name]]
+    if other:
+        raise ValueError(f"{str(options.folder)!r} holds pictures of {' and '.join(other)}: give another --folder, or remove it")
     write_text(place, json.dumps(asked, indent=2) + "\n")
 
 

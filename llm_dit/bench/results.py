@@ -92,7 +92,7 @@ def report(
     Raises:
         ValueError: before anything is measured, for files that cannot be written.
     """
-    _check_files(job, output, table, plot)
+    _check_plot(job, plot)
     show(header(job.columns))
     rows = []
     for row in collect(job, output, again):
@@ -107,10 +107,7 @@ def report(
         draw(rows, plot)
 
 
-def _check_files(job: Job, output: Path | None, table: Path | None, plot: Path | None) -> None:
-    for path in (output, table, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {str(path.absolute().parent)!r} to write {path.name!r} into: make it first")
+def _check_plot(job: Job, plot: Path | None) -> None:
     if plot is None:
         return
     if job.columns is not SPEED_COLUMNS:

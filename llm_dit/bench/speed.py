@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..names import check_name
 from ..quantization import detect_hardware, model_bytes
 from .floor import count_flops, floor_ms, measure_rates
-from .geometry import GEOMETRIES, Geometry
+from .geometry import GEOMETRIES, Geometry, check_geometry
 from .implementations import (
     FP8_MATMUL,
     MODES,
@@ -90,8 +90,9 @@ def plan(
     geometries = selection.geometries or ("klein-9b" if torch.cuda.is_available() else "tiny-klein",)
     implementations = selection.implementations or available_implementations()
     methods, modes = selection.methods or method_names(), selection.modes or MODES
+    for name in geometries:
+        check_geometry(name)
     for names, valid, what in (
-        (geometries, tuple(GEOMETRIES), "geometry"),
         (implementations, available_implementations(), "implementation"),
         (methods, method_names(), "method"),
         (modes, MODES, "mode"),

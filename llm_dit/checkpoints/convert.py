@@ -27,6 +27,7 @@ from ..quantization.hardware import current_device
 from ..quantization.kernels.quantize_rows import FLOAT8_MAX
 from ..quantization.torchao_tensors.staging import drain_staging, staged
 from ..quantization.torchao_tensors.stream import fetch, row_chunks, store
+from ..writing import check_place
 from .header import ITEM_BYTES, Header, TensorEntry, read_header
 from .layout import FORMAT_TENSOR, METADATA_KEY, PREFIXES
 from .names import OfficialName
@@ -111,8 +112,7 @@ def convert(source: str | Path, output: str | Path, layout: str = "comfy") -> Co
         raise ValueError(f"{str(target)!r} must end in .safetensors, which is what is written")
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists already: give a file that does not")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(target.absolute().parent)!r} to write into: make it first")
+    check_place(target)
     headers = _headers(Path(source))
     owners = {name: header for header in headers for name in header.tensors}
     entries = {name: header.tensors[name] for name, header in owners.items()}

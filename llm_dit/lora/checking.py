@@ -72,6 +72,6 @@ def _check_size(key: str, weight: Tensor, modules: Mapping[str, Any]) -> None:
     if found != wanted:
         side = "inputs" if end == ".lora_A." else "outputs"
         raise ValueError(
-            f"the LoRA is of another size: it has {found} {side} for {layer!r}, and the model {wanted}: give one that was trained for "
-            "this model; nothing was loaded"
+            f"the LoRA is of another size: it has {found} {side} for {layer!r}, and the model {wanted}: give one that was "
+            "trained for this model; nothing was loaded"
         )

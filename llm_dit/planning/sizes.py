@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from ..families.base import Family
 from ..forwards import Size
 from ..loader import method_in
 from ..mixin import QuantizablePipelineMixin, diffusers_class
+from ..writing import read_json_file
 from .activations import activation_bytes, make_on_meta, shortened
 from .candidates import LOSSES
 from .constants import constants
@@ -177,7 +177,7 @@ def _component(
 
 def _saved_method(folder: Path) -> str:
     """The method that a component's config.json records; another library's is counted as int8."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_file(folder / "config.json")
     return method_in(config) or "int8"
 
 

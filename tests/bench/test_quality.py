@@ -95,7 +95,7 @@ def test_prompts_of_one_call_give_the_pictures_of_single_calls(name, tiny, tmp_p
 
 def test_another_question_is_refused(tiny, tmp_path):
     list(quality.run(options(tiny, tmp_path, methods=(), floor="skip")))
-    with pytest.raises(ValueError, match="holds pictures of another model, other prompts or sizes"):
+    with pytest.raises(ValueError, match="holds pictures of other sizes or steps: give another --folder"):
         list(quality.run(options(tiny, tmp_path, methods=(), floor="skip", call={**SIZE, "height": 128})))
 
 

@@ -121,7 +121,7 @@ def test_what_is_refused(tiny, tmp_path):
         convert(tiny("z-image"), target, "comfi")
     with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
         convert(tmp_path, target)
-    with pytest.raises(FileNotFoundError, match="make it first"):
+    with pytest.raises(ValueError, match="make it first"):
         convert(tiny("z-image"), tmp_path / "no" / "fp8.safetensors")
     convert(tiny("z-image"), target)
     with pytest.raises(FileExistsError, match="exists already"):
