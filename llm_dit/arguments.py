@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,8 @@ from .names import nearest
 from .quantization import PipelineQuantConfig
 from .request import LoadOptions, LoadRequest
 
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".h5")
+"""Endings of files that diffusers or transformers may read weights from."""
 DIFFUSERS_KEYWORDS: Final = (
     "cache_dir",
     "force_download",
@@ -81,6 +84,14 @@ def check_source(pipeline: str, family: str, index: Mapping[str, Any]) -> None:
     named = pipeline_classes().get(f"Quantizable{index.get('_class_name')}")
     if named is not None and named.family.name != family:
         raise ValueError(f"{pipeline} cannot load a {named.family.title} pipeline: use {named.__name__}, or load_pipeline")
+
+
+def check_weights(source: str, components: Iterable[str]) -> None:
+    """Raises ValueError if a folder has the configuration of a component and no weights: diffusers then names a .bin file."""
+    for name in components:
+        place = Path(source) / name
+        if (place / "config.json").is_file() and not any(file.suffix in _WEIGHTS for file in place.iterdir()):
+            raise ValueError(f"{str(place)!r} holds a config.json and no weights: download the model, or save it, again")
 
 
 def check_device(device_map: Any) -> None:

@@ -149,5 +149,6 @@ def _section(model: type[Any], name: str, tables: dict[str, Any]) -> Any:
         first = error.errors()[0]
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise ValueError(f"[{name}]: unknown key {key!r}: {nearest(key, tuple(model.model_fields))}") from None
+            meant = f"quantization_{key}" if f"quantization_{key}" in model.model_fields else key
+            raise ValueError(f"[{name}]: unknown key {key!r}: {nearest(meant, tuple(model.model_fields))}") from None
         raise ValueError(f"[{name}]: {key} = {first['input']!r}: {first['msg']}") from None

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from PIL import Image
 
+from .families.base import Family
 from .forwards import FRAME_RATE
 from .load import load_pipeline, pipeline_class_of
 from .loader import quantized_in, read_json
@@ -102,8 +103,7 @@ def _generate(options: GenerateOptions) -> Generated:
 def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     """The pipeline of `options`, on its device or offloaded; what it cannot make is refused before anything is read."""
     device = _device(options)
-    family = pipeline_class_of(options.model).family
-    family.forwards.check(family.title, **{name: options.call.get(name) for name in ("height", "width", "num_frames")})
+    check_sizes(pipeline_class_of(options.model).family, options.call)
     planned = options.load.get("quantization") == "auto"
     if options.offload != "none" and device == "cpu":
         raise ValueError(
@@ -124,6 +124,11 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
     elif planned and not pipe.planned:
         pipe.to(device)
     return pipe
+
+
+def check_sizes(family: Family, call: Mapping[str, Any]) -> None:
+    """Raises ValueError for a height, width or number of frames in `call` that the family's pipelines cannot make."""
+    family.forwards.check(family.title, **{name: call.get(name) for name in ("height", "width", "num_frames")})
 
 
 def _device(options: GenerateOptions) -> str:

@@ -21,6 +21,7 @@ from .arguments import (
     check_memory_usage,
     check_request,
     check_source,
+    check_weights,
     file_device,
     hub_keywords,
     refuse_unknown,
@@ -183,6 +184,7 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
         configs = {name: loader.saved_config(name) for name in roles if name not in given and name not in request.files}
+        check_weights(source, configs)
         active = request.quantizes or any(map(was_quantized, configs.values()))
         if active:
             check_memory_usage(kwargs)

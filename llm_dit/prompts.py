@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .generate import GenerateOptions, call_arguments, load, write_output
+from .generate import GenerateOptions, call_arguments, check_sizes, load, write_output
 from .load import pipeline_class_of
 from .mixin import QuantizablePipelineMixin
 from .names import nearest
@@ -116,9 +116,20 @@ class Task:
 
 
 def tasks_of(prompts: Sequence[Prompt], options: GenerateOptions) -> tuple[Task, ...]:
-    """The list with the command line's options under each prompt's own; `options.output` is the folder."""
-    ending = ".mp4" if pipeline_class_of(options.model).family.generation.video else ".png"
-    return tuple(_task(number, prompt, options, ending) for number, prompt in enumerate(prompts, 1))
+    """The list with the command line's options under each prompt's own; `options.output` is the folder.
+
+    Raises:
+        ValueError: for a size that the pipeline cannot make, with the number of its prompt.
+    """
+    family = pipeline_class_of(options.model).family
+    ending = ".mp4" if family.generation.video else ".png"
+    tasks = tuple(_task(number, prompt, options, ending) for number, prompt in enumerate(prompts, 1))
+    for task in tasks:
+        try:
+            check_sizes(family, task.options.call)
+        except ValueError as error:
+            raise ValueError(f"prompt {task.number}: {error}") from None
+    return tasks
 
 
 def _task(number: int, prompt: Prompt, options: GenerateOptions, ending: str) -> Task:
@@ -178,9 +189,10 @@ class Folder:
             row = rows.get(task.number)
             differs = [name for name, value in task.asked.items() if row is not None and row.get(name) != value]
             if differs:
+                what = {"load": "quantization, or another argument of loading", "call": "size, or number of steps"}
                 raise ValueError(
-                    f"{str(self.path)!r} holds results of another request, whose prompt {task.number} has another {differs[0]}: "
-                    "give another folder"
+                    f"{str(self.path)!r} holds results of another request, whose prompt {task.number} has another "
+                    f"{what.get(differs[0], differs[0])}: give another folder"
                 )
 
     def _settled(self, row: Row | None) -> bool:
@@ -240,7 +252,7 @@ def run_prompts(
         ready: is called with the loaded pipeline before the first prompt.
 
     Raises:
-        ValueError: before anything is loaded, if the folder holds results of another request.
+        ValueError: before anything is loaded, for a size that cannot be made, or if the folder holds results of another request.
     """
     folder = Folder(options.output, tasks_of(prompts, options))
     if not folder.open_tasks():

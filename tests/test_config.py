@@ -71,6 +71,7 @@ def test_an_alias_is_resolved(tmp_path):
         ("[flux]\n", r"unknown section \[flux\]: did you mean 'flux2'"),
         ('[quantization]\nencodr = "int8"\n', r"\[quantization\]: unknown key 'encodr': did you mean 'encoder'"),
         ('[ltx2]\nquantization_transfomer = "int8"\n', r"\[ltx2\]: unknown key .* did you mean 'quantization_transformer'"),
+        ('[z_image]\nvae = "int8"\n', r"\[z_image\]: unknown key 'vae': did you mean 'quantization_vae'"),
         ('[quantization]\nvae = "int9"\n', r"\[quantization\]: unknown vae method 'int9': did you mean 'int8'"),
         ('[z_image]\nquantization_encoder = "4bit"\n', r"\[z_image\]: encoder method '4bit' was removed: use 'int4'"),
         ('[quantization]\ngranularity = "per-col"\n', r"unknown granularity 'per-col'"),

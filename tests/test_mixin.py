@@ -451,6 +451,22 @@ def test_the_saved_index_names_the_diffusers_class(folder, tmp_path):
     assert "Quantizable" not in "".join(file.read_text() for file in tmp_path.rglob("*.json") if "tokenizer" not in file.name)
 
 
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae"])
+def test_a_folder_without_the_weights_of_a_component(name, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    for file in (tmp_path / "model" / name).glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{name}' holds a config.json and no weights: download the model"):
+        load_pipeline(tmp_path / "model", quantization="int8")
+
+
+def test_a_broken_index_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model_index\.json cannot be read: "):
+        load_pipeline(tmp_path / "model")
+
+
 def test_load_pipeline_refuses_what_is_no_pipeline(tmp_path, folder):
     with pytest.raises(ValueError, match=r"holds no model_index\.json"):
         load_pipeline(tmp_path)

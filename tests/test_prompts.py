@@ -96,7 +96,7 @@ def test_a_file_in_the_place_of_the_folder(tiny, prompts, tmp_path):
 
 
 def test_another_request_is_refused(whole, tiny, prompts):
-    for others, what in (({}, "load"), ({"load": {"quantization": "int8"}, "seed": 6}, "seed")):
+    for others, what in (({}, "quantization, .*"), ({"load": {"quantization": "int8"}, "seed": 6}, "seed")):
         with pytest.raises(ValueError, match=f"whose prompt 1 has another {what}: give another folder"):
             run_prompts(prompts, options(tiny, whole, **others))
 
@@ -155,13 +155,23 @@ def test_what_a_dead_process_held_can_be_taken(tiny, prompts, tmp_path):
 
 
 def test_a_prompt_that_fails_does_not_stop_the_others(tiny, tmp_path):
-    asked = [Prompt(prompt="a circle", height=63), Prompt(prompt="a square")]
+    (tmp_path / "0001.png").mkdir()  # where a picture cannot be written
+    asked = [Prompt(prompt="a circle"), Prompt(prompt="a square")]
     ran = run_prompts(asked, options(tiny, tmp_path))
     assert ran.made == 1
     assert list(ran.failed) == [1]
-    assert "63" in ran.failed[1]
+    assert "0001.png" in ran.failed[1]
     assert run_prompts(asked, options(tiny, tmp_path)).failed == ran.failed  # tried again
-    assert list(pictures(tmp_path)) == ["0002.png"]
+    (tmp_path / "0001.png").rmdir()
+    assert run_prompts(asked, options(tiny, tmp_path)).made == 1
+    assert sorted(pictures(tmp_path)) == ["0001.png", "0002.png"]
+
+
+def test_a_size_that_cannot_be_made_is_refused_before_anything_is_read(tiny, tmp_path):
+    asked = [Prompt(prompt="a circle"), Prompt(prompt="a square", height=63)]
+    with pytest.raises(ValueError, match="prompt 2: Z-Image makes pictures whose height is a multiple of 16, not 63: 64 is the"):
+        run_prompts(asked, options(tiny, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
