@@ -10,8 +10,10 @@ import torch
 from conftest import generate, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from llm_dit import load_pipeline
+from llm_dit.forwards import Size
 from llm_dit.quantization.sizes import plain_parts
 
 pytest.importorskip("peft")
@@ -471,3 +473,22 @@ def test_a_path_where_nothing_is(tiny, tmp_path):
     for path in (tmp_path / "none.safetensors", str(tmp_path / "none")):
         with pytest.raises(FileNotFoundError, match=r"there is no LoRA '.*none.*': give a file"):
             pipe.load_lora_weights(path)
+
+
+@pytest.mark.parametrize("way", ["int8", "fp8-dynamic", "fp8-weight-only"])
+def test_a_lora_is_trained_beside_quantized_weights(way, tiny):
+    """All its gradients are those beside bf16, as near as the weights are."""
+    from peft import LoraConfig
+
+    def gradients(**keywords):
+        pipe = load_pipeline(tiny("z-image"), dtype=torch.bfloat16, **keywords)
+        model = pipe.transformer.requires_grad_(False)
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "w2"], init_lora_weights=False))
+        output = model(**pipe.family.forwards.step(model, torch.device("cpu"), Size(64, 64, text=16)))
+        sum(leaf.float().square().sum() for leaf in tree_leaves(output) if torch.is_tensor(leaf)).backward()
+        return {name: one.grad.flatten() for name, one in model.named_parameters() if one.requires_grad}
+
+    expected, found = gradients(), gradients(**WAYS[way])
+    assert expected.keys() == found.keys()
+    assert relative_error(torch.cat(list(found.values())), torch.cat(list(expected.values()))) < 0.2

@@ -107,15 +107,23 @@ def operands(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[T
 @FusedFloat8Tensor.implements_torch_function(F.linear)
 def _(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> Tensor:
     activation, weight, bias = operands(args, kwargs)
-    if not activation.is_cuda:
+    trained = wants_gradient(activation)
+    if not activation.is_cuda and not trained:
         return F.linear(activation, as_stock(weight), bias)
-    if weight.act_quant_kwargs is None:
+    if weight.act_quant_kwargs is None or trained:
         return F.linear(activation, dequantize_rows(weight.qdata, weight.scale, activation.dtype), bias)
     if activation.numel() == 0:
         return activation.new_zeros((*activation.shape[:-1], weight.shape[0]))
     rows, scale = quantize_shared_rows(activation, ZERO_ROW_BOUND)
     product = multiply_float8(rows, scale, weight.qdata, weight.scale, bias, activation.dtype)
     return product.view(*activation.shape[:-1], weight.qdata.shape[0])
+
+
+def wants_gradient(activation: Tensor) -> bool:
+    """True where a product has to be differentiable, as in training a LoRA: products of float8 are not, and in CUDA's kernels for
+    activations the gradient would be lost without a word. Such products are those of dequantized weights, in 16 bits.
+    """
+    return torch.is_grad_enabled() and activation.requires_grad
 
 
 def multiply_float8(

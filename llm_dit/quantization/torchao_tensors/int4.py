@@ -19,7 +19,7 @@ from torchao.core.config import AOBaseConfig
 
 from ..kernels import dequantize_int4, dequantize_int4_to_float8
 from .base import DequantizedWeight, aten, run_dequantized, serializable
-from .fused import ZERO_ROW_BOUND, multiply_float8, operands
+from .fused import ZERO_ROW_BOUND, multiply_float8, operands, wants_gradient
 from .shared_rows import quantize_shared_rows
 from .stream import allocate, fetch, register_weight_handler, require_finite, row_chunks, store
 
@@ -191,7 +191,7 @@ def quantize_int4(weight: Tensor, config: AOBaseConfig, target: torch.device, co
 @Int4GroupTensor.implements_torch_function(torch.nn.functional.linear)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     activation, weight, bias = operands(args, kwargs)
-    if not weight.fp8_compute or activation.numel() == 0:
+    if not weight.fp8_compute or activation.numel() == 0 or wants_gradient(activation):
         return run_dequantized(func, args, kwargs)
     rows, scale = quantize_shared_rows(activation, ZERO_ROW_BOUND)
     qdata, weight_scale = dequantize_int4_to_float8(weight.qdata, weight.scale, weight.zero_point)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantize_rows import FLOAT8_MAX
-from .base import DequantizedWeight, aten, serializable
-from .fused import multiply_float8, operands
+from .base import DequantizedWeight, aten, run_dequantized, serializable
+from .fused import multiply_float8, operands, wants_gradient
 
 
 @serializable
@@ -51,6 +51,8 @@ class StaticFloat8Tensor(DequantizedWeight):
 @StaticFloat8Tensor.implements_torch_function(torch.nn.functional.linear)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     activation, weight, bias = operands(args, kwargs)
+    if wants_gradient(activation):
+        return run_dequantized(func, args, kwargs)
     shape = (*activation.shape[:-1], weight.shape[0])
     rows = activation.reshape(-1, activation.shape[-1])
     if rows.numel() == 0:

@@ -50,6 +50,30 @@ def test_both_ways_without_a_copy(name, fused, stock):
     assert torch.equal(F.linear(inputs, ours), F.linear(inputs, theirs))
 
 
+def static(values):
+    ours = quantize_weight(values, Float8StreamConfig(dynamic=True))
+    return StaticFloat8Tensor(ours.qdata, ours.scale, torch.full((1, 1), 0.01), torch.bfloat16)
+
+
+def int4_in_fp8(values):
+    ours = quantize_weight(values, Int4GroupConfig())
+    ours.fp8_compute = True
+    return ours
+
+
+@pytest.mark.parametrize(
+    "make", [*(lambda values, c=config: quantize_weight(values, c) for config in CONFIGS.values()), static, int4_in_fp8]
+)
+def test_gradients_pass_to_the_inputs(make):
+    """As training a LoRA wants them, through products that are not differentiable too: those of the dequantized weight."""
+    values = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    ours, outer = make(values), torch.randn(3, 64, dtype=torch.bfloat16)
+    inputs = torch.randn(3, 128, dtype=torch.bfloat16, requires_grad=True)
+    F.linear(inputs, ours).backward(outer)
+    expected = outer.float() @ values.float()
+    assert (inputs.grad.float() - expected).norm() < 0.15 * expected.norm()
+
+
 def test_what_the_kernels_cannot_multiply_stays_torchaos():
     per_tensor = quantize_weight(
         torch.randn(64, 256, dtype=torch.bfloat16), Float8StreamConfig(granularity="per-tensor", dynamic=True)
