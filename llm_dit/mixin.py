@@ -184,12 +184,12 @@ class QuantizablePipelineMixin(QuantizedLoraMixin, MovingMixin, SavingMixin, Enc
         check_source(cls.__name__, cls.family.name, read_json(source, "model_index.json", hub))
         loader = PipelineLoader(source, hub, lambda name, saved: cls._choose(name, saved, request))
         configs = {name: loader.saved_config(name) for name in roles if name not in given and name not in request.files}
-        check_weights(source, configs)
         active = request.quantizes or any(map(was_quantized, configs.values()))
         if active:
             check_memory_usage(kwargs)
             request = in_dtypes(request, kwargs, components, read_saved_dtypes(source, configs))
         from_files = plan_files(source, hub, request, cls.family, roles, given, partial(cls._wanted, request))
+        check_weights(source, configs.keys() - {component.name for component in from_files})
         passed = {name: kwargs[name] for name in given if isinstance(kwargs[name], nn.Module)}
         user_config = kwargs.pop("quantization_config", None)
         if "torch_dtype" in kwargs and "dtype" not in kwargs:

@@ -76,7 +76,7 @@ def copy(tiny, tmp_path):
 
 
 def test_an_empty_folder_says_nothing_of_the_file(tiny):
-    with pytest.raises(OSError, match="no file named"):
+    with pytest.raises(ValueError, match=r"holds a config\.json and no weights"):
         load_pipeline(empty_folder(tiny, DEV), transformer_file=checkpoint(folder(tiny, DEV), DEV, "scaled")[0])
 
 
