@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .cli_bench import bench_app
 from .cli_plan import plan
+from .names import format_bytes
 from .terminal import METHODS_HELP, as_typed, console, print_plain
 from .writing import check_place, new_folder
 
@@ -230,7 +231,6 @@ def estimate(
     """Exact weight bytes per component and method; downloads and loads no weights."""
     from .estimate import estimate_pipeline
     from .quantization import VALID_METHODS
-    from .quantization.report import format_bytes
 
     result = estimate_pipeline(model, quantization_granularity or "per-row", skip or ())
     if as_json:
@@ -285,16 +285,23 @@ def inspect(
         return
     components = found.pop("components", None)
     for key, value in found.items():
-        print_plain(f"{key}: {_shortened(value)}")
-    for name, component in (components or {}).items():
-        print_plain(f"{name}: {component}")
+        print_plain(f"{key}: {_readable(key, value)}")
+    if components is not None:
+        table = Table("component", "class", "saved as", "size", "by dtype")
+        for name, part in components.items():
+            size = format_bytes(part["bytes"]) if "bytes" in part else ""
+            by_dtype = _readable("bytes_by_dtype", part.get("bytes_by_dtype", {}))
+            table.add_row(name, part["class_name"], part.get("quantization", ""), size, by_dtype)
+        console.print(table)
 
 
-def _shortened(value: Any) -> str:
-    """A value in a line, of a long list the first few."""
+def _readable(key: str, value: Any) -> str:
+    """A value in a line: bytes in their units, of a long list the first few."""
     if isinstance(value, list):
         return f"{len(value)}: {', '.join(map(str, value[:6]))}, ..." if len(value) > 6 else ", ".join(map(str, value)) or "none"
-    return str(value)
+    if key == "bytes":
+        return format_bytes(value)
+    return ", ".join(f"{kind} {format_bytes(size)}" for kind, size in value.items()) if isinstance(value, dict) else str(value)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .names import format_bytes
 from .terminal import METHODS_HELP, print_plain
 from .writing import check_place, write_text
 
@@ -255,7 +256,6 @@ def sensitivity(
     from dataclasses import asdict
 
     from .bench import sensitivity as bench
-    from .quantization.report import format_bytes
 
     asked = _asked(source, captions, prompts)
     trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output, batch))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .building import default_dtype
+from .names import format_bytes
 from .quantization.activations import peak_activation_bytes
-from .quantization.report import format_bytes
 
 logger = logging.getLogger(__name__)
 TILES: Final = (2048, 1536, 1024, 768, 512, 384, 256)

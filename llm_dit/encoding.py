@@ -12,8 +12,8 @@ from torch import nn
 
 from .loader import models_of
 from .moving import move_models
+from .names import format_bytes
 from .quantization.hardware import current_device
-from .quantization.report import format_bytes
 from .quantization.sizes import model_bytes
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Names users write, and errors that name the nearest valid one. Imports nothing heavy."""
+"""Names users write, sizes they read, and errors that name the nearest valid one. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ GRAPH_MODES: Final = (GRAPH_MODE, EAGER_GRAPH_MODE)
 CALL_FILE: Final = "call.json"
 """In a pipeline's folder, the arguments that it is called with; not diffusers': our tiny models have one."""
 COMPILE_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", *GRAPH_MODES)
+
+
+def format_bytes(count: int) -> str:
+    """`count` in the unit a person would choose: "1.46 GiB", "845.2 KiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
 
 
 def nearest(value: object, valid: Sequence[str]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .estimate import PipelineEstimate
+from .names import format_bytes
 from .planning.candidates import SMALL_VAE_BYTES
 from .quantization import Hardware, get_method
-from .quantization.report import format_bytes
 
 WEIGHTS_SHARE = 0.75
 """Share of the card's memory that weights may take; the rest is for activations and the allocator."""

@@ -21,8 +21,8 @@ from transformers.integrations.torchao import TorchAoDeserialize
 from .backends.saving import attach_plain_saver
 from .checkpoints.encoders import PRUNED
 from .loader import models_of, saved_method
-from .names import CALL_FILE
-from .quantization.report import QuantizationReport, format_bytes
+from .names import CALL_FILE, format_bytes
+from .quantization.report import QuantizationReport
 
 INDEX: Final = "model_index.json"
 UNFINISHED: Final = ".saving"

@@ -22,6 +22,7 @@ _OPTIONS: Final = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "vram_budget": "--vram",
+    "device_map": "--device",
 }
 """Arguments that are options of another name; where only hyphens differ, the argument is a key of config.toml too."""
 

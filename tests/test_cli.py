@@ -167,6 +167,10 @@ def test_inspect(tiny, tmp_path):
     assert data["components"]["transformer"]["quantization"] == "torchao Int8WeightOnlyConfig"
     assert data["components"]["vae"]["quantization"] == "int8 (llm_dit)"
     assert "quantization" not in data["components"]["text_encoder"]
+    text = run("inspect", tmp_path)
+    assert "Int8WeightOnlyConfig" in text
+    assert "KiB" in text
+    assert "{" not in text  # what Python would show
     file = next((tmp_path / "transformer").glob("*.safetensors"))
     data = json.loads(run("inspect", file, "--json"))
     assert data["bytes_by_dtype"]["I8"] > data["bytes_by_dtype"]["BF16"]

@@ -12,7 +12,7 @@ from typing import Final
 
 from PIL import Image, ImageDraw
 
-from ..quantization.report import format_bytes
+from ..names import format_bytes
 from ..writing import write_text
 from .results import Row
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantization.report import format_bytes
+from ..names import format_bytes
 from .phases import NAMES
 from .plan import Plan
 

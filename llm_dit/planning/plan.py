@@ -12,7 +12,7 @@ import diffusers
 
 from ..decoding import WHOLE, Cut
 from ..forwards import Size
-from ..quantization.report import format_bytes
+from ..names import format_bytes
 from .candidates import LOSSES, PLACEMENTS, SMALL_VAE_BYTES, Candidate, candidates, refusal
 from .card import LADDER, Card, format_gb
 from .phases import Phase, timeline

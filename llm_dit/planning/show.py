@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..decoding import WHOLE
-from ..quantization.report import format_bytes
+from ..names import format_bytes
 from .card import format_gb
 from .plan import Plan
 

@@ -6,15 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-def format_bytes(count: int) -> str:
-    """`count` in the unit a person would choose: "1.46 GiB", "845.2 KiB"."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+from ..names import format_bytes
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from llm_dit.names import format_bytes
 from llm_dit.quantization import ComponentReport, QuantizationReport
-from llm_dit.quantization.report import format_bytes
 
 REPORT = QuantizationReport(
     (
