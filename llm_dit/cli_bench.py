@@ -176,7 +176,9 @@ def quality(
         int | None, typer.Option(min=1, help="Prompts: so many captions of scenes (clips: LTX-2), and their score.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts: a text file, one a line.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Keeps pictures and results; a later run goes on from it.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keeps pictures and results (quality/NAME); a later run goes on from it.")
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
     width: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
