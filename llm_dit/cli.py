@@ -14,9 +14,25 @@ import typer
 from rich.table import Table
 
 from .cli_bench import bench_app
+from .cli_options import (
+    ActivationScale,
+    AsJson,
+    Backend,
+    CompileMode,
+    Config,
+    EncoderFile,
+    ForEncoder,
+    ForTransformer,
+    ForVae,
+    Granularity,
+    Model,
+    Quantization,
+    Skip,
+    TransformerFile,
+)
 from .cli_plan import plan
-from .names import format_bytes
-from .terminal import METHODS_HELP, as_typed, console, print_plain
+from .names import VALID_METHODS, format_bytes
+from .terminal import as_typed, console, print_plain
 from .writing import check_place, new_folder
 
 if TYPE_CHECKING:
@@ -32,21 +48,6 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
-Model = Annotated[str | None, typer.Option("--model", "-m", help="A folder or a repository id.")]
-Quantization = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}; or auto.")]
-ForTransformer = Annotated[str | None, typer.Option(help=f"Method of the transformer: {METHODS_HELP}.")]
-ForEncoder = Annotated[str | None, typer.Option(help=f"Method of the text encoder: {METHODS_HELP}.")]
-ForVae = Annotated[str | None, typer.Option(help="Method of the VAE: none or int8.")]
-Granularity = Annotated[str | None, typer.Option(help="per-row or per-tensor, for the fp8 methods.")]
-Backend = Annotated[str | None, typer.Option(help="torchao, layerwise or checkpoint.")]
-Skip = Annotated[list[str] | None, typer.Option(help="A name pattern left in bf16; may be given several times.")]
-Config = Annotated[str | None, typer.Option(help="A config.toml; options win over it.")]
-TransformerFile = Annotated[
-    str | None, typer.Option(help="A single-file checkpoint of the transformer, fp8 or bf16: a path, or owner/repository/file.")
-]
-EncoderFile = Annotated[str | None, typer.Option(help="The same for the text encoder.")]
-ActivationScale = Annotated[str | None, typer.Option(help="dynamic, or static: the scales that an fp8 checkpoint holds.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _given(**keywords: Any) -> dict[str, Any]:
@@ -75,9 +76,7 @@ def generate(
     encoder_file: EncoderFile = None,
     activation_scale: ActivationScale = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = None,
-    compile_mode: Annotated[
-        str | None, typer.Option(help="Compile, in a mode of torch.compile, cuda-graph or cuda-graph-eager.")
-    ] = None,
+    compile_mode: CompileMode = None,
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
     width: Annotated[int | None, typer.Option(min=1)] = None,
@@ -93,26 +92,28 @@ def generate(
     vram: Annotated[str | None, typer.Option(help="With --quantization auto: the memory to stay inside of, e.g. 12GB.")] = None,
 ) -> None:
     """Generate an image or a clip, or a list of them."""
-    from .families import get_family
-    from .generate import GenerateOptions
-    from .load import pipeline_class_of
-
     if (prompt is None) == (prompts is None):
         raise ValueError("give a prompt, or --prompts FILE, one of the two")
     if prompts and context_parallel:
         raise ValueError("--prompts gives each GPU prompts of its own and --context-parallel parts of one picture: leave one out")
+    if not model and not context.obj:
+        raise ValueError("which model? give --model a folder or a repository id")
+    if compile_mode and compile is False:
+        raise ValueError("--compile-mode says how to compile, and --no-compile not to: leave one out")
+    if not prompts:
+        check_place(output)
+
+    from .families import get_family
+    from .generate import GenerateOptions
+    from .load import pipeline_class_of
 
     family = get_family(context.obj) if context.obj else None
     source = model or (family.published[0].repo_id if family else "")
-    if not source:
-        raise ValueError("which model? give --model a folder or a repository id")
     found = pipeline_class_of(source).family
     if family and found.name != family.name:
         raise ValueError(f"{source!r} holds a {found.title} pipeline: use pipelines/{found.name}.py or llm-dit generate")
     if frames and not found.generation.video:
         raise ValueError(f"{source!r} makes pictures, and --frames is for clips: leave it out")
-    if compile_mode and compile is False:
-        raise ValueError("--compile-mode says how to compile, and --no-compile not to: leave one out")
     load = _given(
         quantization=quantization,
         quantization_transformer=quantization_transformer,
@@ -186,11 +187,6 @@ def quantize(
     config: Config = None,
 ) -> None:
     """Load a pipeline, quantize it and save it."""
-    import torch
-
-    from .load import load_pipeline
-    from .loader import quantized_in
-
     if output.exists():
         raise ValueError(f"{str(output)!r} exists already: give a folder that does not")
     check_place(output)
@@ -199,6 +195,12 @@ def quantize(
         raise ValueError("quantize needs a method: give --quantization, e.g. int8, one for a component, or a --config")
     if quantization == "auto":
         raise ValueError("--quantization auto plans for the card at hand: to save, name a method, e.g. int8")
+
+    import torch
+
+    from .load import load_pipeline
+    from .loader import quantized_in
+
     if before := quantized_in(model):
         raise ValueError(f"{model} is quantized already ({', '.join(before)}): give the bf16 model")
     load = _given(
@@ -230,7 +232,6 @@ def estimate(
 ) -> None:
     """Exact weight bytes per component and method; downloads and loads no weights."""
     from .estimate import estimate_pipeline
-    from .quantization import VALID_METHODS
 
     result = estimate_pipeline(model, quantization_granularity or "per-row", skip or ())
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .names import format_bytes
+from .names import VALID_METHODS, format_bytes
 from .terminal import METHODS_HELP, print_plain
 from .writing import check_place, write_text
 
@@ -116,7 +116,6 @@ def lora(
 
     from .bench.lora import plan
     from .bench.results import report
-    from .quantization import VALID_METHODS
 
     place = folder or Path(tempfile.gettempdir()) / "llm-dit-bench-lora"
     methods = method or [name for name in VALID_METHODS if name != "none"]

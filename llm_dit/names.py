@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
+VALID_METHODS: Final = ("none", "fp8-dynamic", "fp8-weight-only", "int8", "int4")
+"""What `llm_dit.quantization.methods` has a row for, where a name is wanted and torch is not."""
+ALIASES: Final[Mapping[str, str]] = {"fp8": "fp8-dynamic"}
+REMOVED_METHODS: Final[Mapping[str, str]] = {
+    "4bit": "int4",
+    "8bit": "int8",
+    "diffsynth-fp8": "fp8-dynamic",
+    "fp8-filtered": "fp8-weight-only",
+}
 COMPONENT_TYPES: Final = ("encoder", "transformer", "vae")
 GRANULARITIES: Final = ("per-row", "per-tensor")
 BACKENDS: Final = ("torchao", "layerwise", "checkpoint")
@@ -42,6 +51,18 @@ def check_name(value: str, valid: Sequence[str], what: str) -> str:
     if value not in valid:
         raise ValueError(f"unknown {what} {value!r}: {nearest(value, valid)}")
     return value
+
+
+def method_name(name: object, where: str = "quantization method") -> str:
+    """The method that `name` stands for, aliases resolved; see `llm_dit.quantization.get_method`."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where} must be one of {', '.join(VALID_METHODS)}, not {name!r}")
+    if name in REMOVED_METHODS:
+        raise ValueError(f"{where} {name!r} was removed: use {REMOVED_METHODS[name]!r} instead")
+    resolved = ALIASES.get(name, name)
+    if resolved not in VALID_METHODS:
+        raise ValueError(f"unknown {where} {name!r}: {nearest(name, VALID_METHODS)}")
+    return resolved
 
 
 def first_line(error: Exception) -> str:

@@ -8,9 +8,11 @@ from typing import Final
 
 from rich.console import Console
 
+from .names import VALID_METHODS
+
 # Piped output has no width of its own, and 80 columns would break every table.
 console: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-METHODS_HELP: Final = "none, fp8-dynamic, fp8-weight-only, int8 or int4"
+METHODS_HELP: Final = f"{', '.join(VALID_METHODS[:-1])} or {VALID_METHODS[-1]}"
 
 
 def print_plain(text: str) -> None:

@@ -6,7 +6,7 @@ Nothing here knows a pipeline. `llm_dit.backends` brings quantized weights into 
 
 from typing import Any, Final
 
-from ..names import BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES
+from ..names import ALIASES, BACKENDS, COMPILE_MODES, COMPONENT_TYPES, GRANULARITIES, REMOVED_METHODS, VALID_METHODS
 from .compile import get_quant_compile_warnings
 from .component import quantize_component, quantize_vae
 from .detect import quantized_by
@@ -14,7 +14,7 @@ from .estimate import MemoryEstimate, estimate_memory
 from .filters import is_fp8_compatible_layer
 from .hardware import Hardware, check_fp8_support, detect_hardware, get_recommended_method
 from .int4_compute import set_int4_compute
-from .methods import ALIASES, METHODS, REMOVED_METHODS, VALID_METHODS, Method, get_method
+from .methods import METHODS, Method, get_method
 from .pipeline_config import PipelineQuantConfig
 from .report import ComponentReport, QuantizationReport
 from .sizes import model_bytes, tensor_bytes

@@ -1,4 +1,4 @@
-"""The quantization methods: one row each, and nothing about a method stands anywhere else.
+"""The quantization methods: one row each, and nothing about a method stands anywhere else but its name (`llm_dit.names`).
 
 A method says which torchao configuration quantizes a layer (ours, which works in chunks of rows and cannot produce
 NaN), which stock configuration describes the result to plain diffusers and transformers, and which layers it cannot
@@ -24,7 +24,7 @@ from torchao.quantization import (
     PerTensor,
 )
 
-from ..names import nearest
+from ..names import VALID_METHODS, method_name
 from .torchao_tensors.float8 import Float8StreamConfig
 from .torchao_tensors.fused import ZERO_ROW_BOUND
 from .torchao_tensors.int4 import SMALLEST_GROUP, Int4GroupConfig, Int4GroupTensor
@@ -115,15 +115,8 @@ _ROWS: Final = (
     ),
 )
 
-METHODS: Final[Mapping[str, Method]] = {method.name: method for method in _ROWS}
-VALID_METHODS: Final = tuple(METHODS)
-ALIASES: Final[Mapping[str, str]] = {"fp8": "fp8-dynamic"}
-REMOVED_METHODS: Final[Mapping[str, str]] = {
-    "4bit": "int4",
-    "8bit": "int8",
-    "diffsynth-fp8": "fp8-dynamic",
-    "fp8-filtered": "fp8-weight-only",
-}
+_BY_NAME: Final = {row.name: row for row in _ROWS}
+METHODS: Final[Mapping[str, Method]] = {name: _BY_NAME[name] for name in VALID_METHODS}
 
 
 def recorded_method(quantization: Mapping[str, Any]) -> str | None:
@@ -151,11 +144,4 @@ def get_method(name: str, where: str = "quantization method") -> Method:
     Raises:
         ValueError: for a removed name, with its replacement, or an unknown one, with the nearest valid one.
     """
-    if not isinstance(name, str):
-        raise ValueError(f"{where} must be one of {', '.join(VALID_METHODS)}, not {name!r}")
-    if name in REMOVED_METHODS:
-        raise ValueError(f"{where} {name!r} was removed: use {REMOVED_METHODS[name]!r} instead")
-    resolved = ALIASES.get(name, name)
-    if resolved not in METHODS:
-        raise ValueError(f"unknown {where} {name!r}: {nearest(name, VALID_METHODS)}")
-    return METHODS[resolved]
+    return METHODS[method_name(name, where)]
