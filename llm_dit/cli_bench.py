@@ -8,15 +8,10 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import Again, Results, Table
 from .names import VALID_METHODS, format_bytes
 from .terminal import METHODS_HELP, print_plain
 from .writing import check_place, write_text
-
-Results = Annotated[
-    Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.", callback=check_place)
-]
-Table = Annotated[Path | None, typer.Option(help="Write the Markdown table.", callback=check_place)]
-Again = Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")]
 
 bench_app = typer.Typer(help="Benchmarks, each measurement in a fresh process.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -1,14 +1,16 @@
-"""Options that several commands take. A wrong name is answered before torch is imported."""
+"""Options that several commands take. A wrong name, or a place without its folder, is answered before torch is imported."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .names import ACTIVATION_SCALES, BACKENDS, COMPILE_MODES, GRANULARITIES, check_name, method_name
 from .terminal import METHODS_HELP
+from .writing import check_place
 
 
 def _method(option: typer.CallbackParam, value: str | None) -> str | None:
@@ -53,3 +55,8 @@ CompileMode = Annotated[
     typer.Option(help="Compile, in a mode of torch.compile, cuda-graph or cuda-graph-eager.", callback=_one_of(COMPILE_MODES)),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Results = Annotated[
+    Path | None, typer.Option("--output", "-o", help="JSON of the results; a later run goes on from it.", callback=check_place)
+]
+Table = Annotated[Path | None, typer.Option(help="Write the Markdown table.", callback=check_place)]
+Again = Annotated[bool, typer.Option("--again", help="Measure what the results hold already too.")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from .terminal import console, print_plain
+from .writing import check_place, write_text
 
 if TYPE_CHECKING:
     from .forwards import Size
@@ -33,7 +34,7 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures or clips at once.")] = 1,
     references: Annotated[int, typer.Option(help="Reference images.")] = 0,
-    table: Annotated[Path | None, typer.Option(help="Write the matrix as a page of Markdown.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the matrix as a page of Markdown.", callback=check_place)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also when nothing fits.")] = False,
 ) -> None:
     """Whether a model fits, and what to use; exit code 1 if no plan of those asked for fits."""
@@ -41,11 +42,9 @@ def plan(
     from .planning.plan import checked_size, make_plan
     from .planning.show import matrix, page, shown
     from .planning.sizes import pipeline_sizes
-    from .writing import check_place, write_text
 
     chosen = _card(card, bool(vram))
     budgets = [parse_bytes(text) for text in vram] if vram else [_memory(chosen)]
-    check_place(table)
     plans = []
     for name in OFFLINE if model == ALL else (model,):
         sizes = pipeline_sizes(name)

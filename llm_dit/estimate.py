@@ -15,7 +15,7 @@ from torch import nn
 from .building import build_empty, component_class, default_dtype
 from .checkpoints.encoders import take_off_unread
 from .checkpoints.header import read_header
-from .families import get_family, pipeline_classes, published_models
+from .families import get_family, pipeline_classes, published_models, quantizable_class
 from .families.base import Family, Published
 from .load import pipeline_class_of
 from .loader import names_repository, read_json
@@ -146,7 +146,7 @@ def component_makers(
     key = source if source.startswith("Quantizable") else f"Quantizable{source}"
     if source in published:
         model = published[source]
-        return classes[f"Quantizable{model.pipeline_class}"], _published_makers(model), None
+        return quantizable_class(model.pipeline_class), _published_makers(model), None
     if key in classes:
         return classes[key], _published_makers(_published_for(classes[key])), None
     folder = Path(source)

@@ -81,22 +81,25 @@ class Forwards:
     kept: int = 0
     frames_step: int = 0
 
-    def check(self, title: str, **sizes: int | None) -> None:
-        """Raises ValueError, with the nearest, for a `height`, `width` or `num_frames` that pipelines refuse or silently round.
+    def check(self, title: str, height: int | None, width: int | None, num_frames: int | None) -> None:
+        """Raises ValueError, with the nearest, for a size that pipelines refuse or silently round; None is not looked at.
 
-        None is not looked at, and neither are the frames of images.
+        Neither are the frames of images.
         """
-        for name, value in sizes.items():
-            clip = name == "num_frames"
-            step, more = (self.frames_step, 1) if clip else (self.pixels_per_token, 0)
-            if value is None or not step:
-                continue
-            near = max(round((value - more) / step), 1 - more) * step + more
-            if value != near:
-                what = (
-                    f"clips of a multiple of {step} frames and one" if clip else f"pictures whose {name} is a multiple of {step}"
-                )
-                raise ValueError(f"{title} makes {what}, not {value}: {near} is the nearest")
+        step = self.pixels_per_token
+        for name, value in (("height", height), ("width", width)):
+            _check_step(value, step, 0, f"{title} makes pictures whose {name} is a multiple of {step}")
+        if step := self.frames_step:
+            _check_step(num_frames, step, 1, f"{title} makes clips of a multiple of {step} frames and one")
+
+
+def _check_step(value: int | None, step: int, first: int, words: str) -> None:
+    """Raises ValueError unless the value is `first` and a multiple of `step`, and more than 0."""
+    if value is None:
+        return
+    near = max(round((value - first) / step), 1 - first) * step + first
+    if value != near:
+        raise ValueError(f"{words}, not {value}: {near} is the nearest")
 
 
 def noise(device: torch.device, *shape: int, seed: int = 1) -> Tensor:

@@ -128,7 +128,7 @@ def load(options: GenerateOptions) -> QuantizablePipelineMixin:
 
 def check_sizes(family: Family, call: Mapping[str, Any]) -> None:
     """Raises ValueError for a height, width or number of frames in `call` that the family's pipelines cannot make."""
-    family.forwards.check(family.title, **{name: call.get(name) for name in ("height", "width", "num_frames")})
+    family.forwards.check(family.title, call.get("height"), call.get("width"), call.get("num_frames"))
 
 
 def _device(options: GenerateOptions) -> str:

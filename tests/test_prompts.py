@@ -96,7 +96,10 @@ def test_a_file_in_the_place_of_the_folder(tiny, prompts, tmp_path):
 
 
 def test_another_request_is_refused(whole, tiny, prompts):
-    for others, what in (({}, "quantization, .*"), ({"load": {"quantization": "int8"}, "seed": 6}, "seed")):
+    for others, what in (
+        ({}, "quantization, or another argument of loading"),
+        ({"load": {"quantization": "int8"}, "seed": 6}, "seed"),
+    ):
         with pytest.raises(ValueError, match=f"whose prompt 1 has another {what}: give another folder"):
             run_prompts(prompts, options(tiny, whole, **others))
 

@@ -128,7 +128,7 @@ def _cast_read(value: Tensor, device: torch.device) -> Tensor:
         return value.to(device)
     limit = torch.finfo(STORAGE_DTYPE).max
     result = allocate(value.shape, STORAGE_DTYPE, device)
-    rows, out = (value, result) if value.ndim else (value.view(1), result.view(1))
+    rows, out = torch.atleast_1d(value), torch.atleast_1d(result)
     for chunk in row_chunks(rows, device):
         store(out[chunk], fetch(rows[chunk], device).clamp(-limit, limit).to(STORAGE_DTYPE))
     drain_staging()

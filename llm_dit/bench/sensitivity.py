@@ -2,7 +2,7 @@
 
 One group of layers is quantized at a time in a bf16 model, and the pictures are compared. Groups are ranked by harm, the squared
 relative error of the final latents, per byte saved: squared, because errors of layers add like noise. Leaving the first k
-of the ranking alone is then tried for real, and the smallest k that holds the quality asked for becomes a `skip` list.
+of the ranking alone is then tried for real, and a small k that holds the quality asked for becomes a `skip` list.
 """
 
 from __future__ import annotations

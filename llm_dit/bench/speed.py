@@ -247,9 +247,9 @@ def main(specification: Mapping[str, Any]) -> None:
             if "error" in row and not _device_works():
                 return  # the cases left are measured in another process
     except Exception as error:
-        if measured:
-            raise
-        emit(FATAL, _told(error))
+        if not measured:
+            emit(FATAL, _told(error))
+        raise
 
 
 def _device_works() -> bool:

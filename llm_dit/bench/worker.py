@@ -70,7 +70,7 @@ def _read(process: subprocess.Popen[str], errors: Path, timeout_s: float) -> Ite
     assert process.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_feed, args=(process.stdout, lines), daemon=True).start()
-    reported = False
+    last = ""
     while True:
         try:
             line = lines.get(timeout=timeout_s)
@@ -79,10 +79,11 @@ def _read(process: subprocess.Popen[str], errors: Path, timeout_s: float) -> Ite
             return
         if line is None:
             break
-        reported = True
-        yield Message(*json.loads(line))
+        message = Message(*json.loads(line))
+        last = message.kind
+        yield message
     code = process.wait()
-    if code or not reported:
+    if (code and last != FATAL) or not last:
         yield Message(DIED, _last_words(errors, code))
 
 

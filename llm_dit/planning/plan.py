@@ -186,7 +186,7 @@ def checked_size(sizes: PipelineSizes, size: Size) -> Size:
     for name, value in (("height", size.height), ("width", size.width)):
         if not step <= value <= MOST_SIDE:
             raise ValueError(f"{title} is planned for a {name} from {step} to {MOST_SIDE}, not {value}")
-    forwards.check(title, height=size.height, width=size.width, num_frames=size.frames)
+    forwards.check(title, size.height, size.width, size.frames)
     if not 1 <= size.batch <= MOST_BATCH:
         raise ValueError(f"the batch must be from 1 to {MOST_BATCH}, not {size.batch}")
     if not 0 <= size.references <= forwards.most_references:

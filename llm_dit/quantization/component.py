@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from .hardware import require_support
 from .methods import Method, get_method
 from .sizes import model_bytes
 from .torchao_tensors.staging import staged
+from .torchao_tensors.stream import require_finite
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -129,15 +130,20 @@ def _require_finite(layers: Sequence[Layer]) -> None:
     """Before the first layer is replaced: a model that is refused stays as it was."""
     for layer in layers:
         if layer.config is not None and not layer.weight.is_meta and layer.weight.dtype.itemsize > 1:  # fp8 has no minimum
-            lowest, highest = layer.weight.detach().aminmax()
-            if not math.isfinite(lowest) or not math.isfinite(highest):
-                raise ValueError(f"layer {layer.name!r} cannot be quantized: the weight holds NaN or infinity")
+            with _naming(layer):
+                require_finite(torch.stack(layer.weight.detach().aminmax()))
 
 
 def _quantize_layer(layer: Layer) -> None:
+    with _naming(layer), torch.inference_mode(False), torch.no_grad():
+        quantize_(layer.module, layer.config, filter_fn=lambda module, name: module is layer.module)
+
+
+@contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Errors about a weight say of which layer it is."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            quantize_(layer.module, layer.config, filter_fn=lambda module, name: module is layer.module)
+        yield
     except ValueError as error:
         raise ValueError(f"layer {layer.name!r} cannot be quantized: {error}") from error
 

@@ -24,7 +24,7 @@ from torchao.quantization import (
     PerTensor,
 )
 
-from ..names import VALID_METHODS, method_name
+from ..names import method_name
 from .torchao_tensors.float8 import Float8StreamConfig
 from .torchao_tensors.fused import ZERO_ROW_BOUND
 from .torchao_tensors.int4 import SMALLEST_GROUP, Int4GroupConfig, Int4GroupTensor
@@ -115,8 +115,7 @@ _ROWS: Final = (
     ),
 )
 
-_BY_NAME: Final = {row.name: row for row in _ROWS}
-METHODS: Final[Mapping[str, Method]] = {name: _BY_NAME[name] for name in VALID_METHODS}
+METHODS: Final[Mapping[str, Method]] = {row.name: row for row in _ROWS}
 
 
 def recorded_method(quantization: Mapping[str, Any]) -> str | None:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from llm_dit.names import COMPILE_MODES
+from llm_dit.names import COMPILE_MODES, VALID_METHODS
 from llm_dit.quantization import check_fp8_support, get_method, get_quant_compile_warnings, get_recommended_method, hardware
 from llm_dit.quantization.hardware import Hardware, lack_of_support, require_support
-from llm_dit.quantization.methods import VALID_METHODS
 
 
 def card(monkeypatch, capability, name="a card"):
