@@ -7,6 +7,8 @@ file is checked when it is read, the sections of other families included, so tha
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -91,8 +93,10 @@ class RuntimeConfig(BaseModel):
                 quantization=quantization,
                 pipelines={name: _section(PipelineSection, name, tables) for name in tables if name in family_names()},
             )
-            for name in family_names():
-                config._check(name)
+            _check_values("quantization", config.quantization)
+            for name, section in config.pipelines.items():
+                _check_values(name, section)
+                _check_family(name, section)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         return config
@@ -125,17 +129,36 @@ class RuntimeConfig(BaseModel):
             backend=pick(section.quantization_backend, "torchao"),
         )
 
-    def _check(self, family: str) -> None:
-        where = f"[{family}]" if family in self.pipelines else "[quantization]"
-        try:
-            self.get_pipeline_quant_config(family)
-            backends = self.section(family).quantization_backend
-            for name in backends if isinstance(backends, dict) else ():
-                valid = (*COMPONENT_TYPES, *get_family(family).roles)
-                check_name(name, tuple(dict.fromkeys(valid)), "key in quantization_backend")
-            check_name(self.section(family).compile_mode, COMPILE_MODES, "compile_mode")
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+
+def _check_values(name: str, section: QuantizationSection | PipelineSection) -> None:
+    """Raises ValueError, naming section and key, for a value that no pipeline could be quantized with."""
+    from .quantization import PipelineQuantConfig
+
+    for key, value in section:
+        field = key.removeprefix("quantization_")
+        if value is not None and field in PipelineQuantConfig.__dataclass_fields__:
+            with _naming(name, key):
+                PipelineQuantConfig(**{field: value})
+
+
+def _check_family(name: str, section: PipelineSection) -> None:
+    """Raises ValueError, naming section and key, for a backend of what the family has not, or an unknown mode."""
+    valid = tuple(dict.fromkeys((*COMPONENT_TYPES, *get_family(name).roles)))
+    backends = section.quantization_backend
+    for component in backends if isinstance(backends, dict) else ():
+        with _naming(name, "quantization_backend"):
+            check_name(component, valid, "component")
+    with _naming(name, "compile_mode"):
+        check_name(section.compile_mode, COMPILE_MODES, "mode")
+
+
+@contextmanager
+def _naming(section: str, key: str) -> Iterator[None]:
+    """Names section and key in the ValueError of a check."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"[{section}] {key}: {error}") from error
 
 
 def _section(model: type[Any], name: str, tables: dict[str, Any]) -> Any:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints.header import Header, read_header
-from .checkpoints.layout import FORMAT_TENSOR, Layout, read_layout
+from .checkpoints.layout import FORMAT_TENSOR, Layout, read_layout, saved_classes
 from .checkpoints.recognize import Kind, recognize
 from .saved import was_layerwise
 from .writing import read_json_file
 
+_CONFIG = "config.json"
 _EMBEDDING = "embed_tokens.weight"
 """What every text encoder calls its embedding, a matrix that is looked up and not multiplied."""
 
@@ -28,8 +29,10 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if not place.exists():
         raise ValueError(f"there is no file or folder {str(place)!r}: give a pipeline folder or a .safetensors file")
     index = place / "model_index.json"
+    if not index.is_file() and (place / _CONFIG).is_file():
+        return {"kind": "component", "path": str(place), **_component(place, _class_name(place))}
     if not index.is_file():
-        raise ValueError(f"{str(place)!r} is neither a safetensors file nor a folder with a model_index.json")
+        raise ValueError(f"{str(place)!r} is neither a safetensors file nor a folder with a model_index.json or config.json")
     entries = read_json_file(index)
     components = {
         name: _component(place / name, entry[1])
@@ -55,8 +58,12 @@ def _folder_loading(components: Mapping[str, Mapping[str, Any]]) -> str:
 
 def describe_file(header: Header) -> dict[str, Any]:
     """What a checkpoint file is and what the loader would do with it, or why it would refuse it."""
-    kind = recognize(header.tensors)
-    described = {"holds": kind.title if kind else "nothing that llm_dit knows", **describe_header(header)}
+    kind = recognize({*header.tensors, *header.metadata})  # where torchao keeps the names of what it takes apart
+    holds = kind.title if kind else _class_name(header.path.parent) or "nothing that llm_dit knows"
+    described = {"holds": holds, **describe_header(header)}
+    saved = ", ".join(f"{len(names)} weights as {name}" for name, names in saved_classes(header).items())
+    if saved:
+        return {**described, "layout": f"torchao: {saved}", "loading": "load_pipeline(the folder of its pipeline)"}
     try:
         layout = read_layout(header)
     except ValueError as error:
@@ -108,9 +115,15 @@ def describe_header(header: Header) -> dict[str, Any]:
     }
 
 
+def _class_name(folder: Path) -> str:
+    """What class of diffusers or transformers a component's folder says it is of, or ""."""
+    config = read_json_file(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+    return config.get("_class_name") or next(iter(config.get("architectures") or ()), "")
+
+
 def _component(folder: Path, class_name: str) -> dict[str, Any]:
     described: dict[str, Any] = {"class_name": class_name}
-    config_file = folder / "config.json"
+    config_file = folder / _CONFIG
     if not config_file.is_file():
         return described
     config = read_json_file(config_file)

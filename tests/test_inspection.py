@@ -1,6 +1,7 @@
 """`llm-dit inspect FILE`: what a file is, from its header, and what the loader then really does."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -42,6 +43,19 @@ def test_a_bf16_file_and_an_encoder(tiny, tmp_path):
     found = inspect_path(next((tiny("z-image") / "text_encoder").glob("*.safetensors")))
     assert found["holds"] == "text encoder"
     assert found["loading"].startswith("encoder_file: ")
+
+
+def test_a_component_that_was_saved_quantized(tiny, tmp_path):
+    load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16, quantization="int4").save_pretrained(tmp_path)
+    file = next((tmp_path / "transformer").glob("*.safetensors"))
+    found = inspect_path(file)
+    assert found["holds"] == "Z-Image transformer"
+    assert re.fullmatch(r"torchao: \d+ weights as Int4GroupTensor", found["layout"])
+    assert found["loading"] == "load_pipeline(the folder of its pipeline)"
+    assert inspect_path(tmp_path / "transformer")["quantization"] == "int4 (llm_dit)"
+    assert inspect_path(next((tmp_path / "vae").glob("*.safetensors")))["holds"] == "AutoencoderKL"
+    with pytest.raises(ValueError, match=r"is a component that save_pretrained wrote.*give load_pipeline the folder"):
+        load_pipeline(tiny("z-image"), torch_dtype=torch.bfloat16, transformer_file=file)
 
 
 def test_what_would_be_refused_is_told_and_not_raised(tmp_path):

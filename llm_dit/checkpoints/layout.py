@@ -133,6 +133,15 @@ def read_layout(header: Header) -> Layout:
     return Layout(header, _title(header, fp8, companions), prefix, fp8, dense, tuple(companions.ignored))
 
 
+def saved_classes(header: Header) -> dict[str, list[str]]:
+    """The weights that torchao saved in several tensors each, by the class they have in memory; of other files none."""
+    found: dict[str, list[str]] = {}
+    for name, text in header.metadata.items():
+        if "_tensor_data_names" in text:
+            found.setdefault(str(_parsed(header, name, text).get("_type")), []).append(name)
+    return found
+
+
 def _companions(header: Header) -> _Companions:
     found = _Companions()
     for key in header.tensors:
@@ -184,6 +193,11 @@ def _refuse_unsupported(header: Header, weights: Mapping[str, TensorEntry], comp
         name = told.get("format")
         if not isinstance(name, str) or name not in _FORMATS:
             raise ValueError(_unsupported(header, layer, str(name)))
+    for kind, names in saved_classes(header).items():
+        raise ValueError(
+            f"{header.path} is a component that save_pretrained wrote, with {len(names)} weights as torchao's {kind}: give "
+            "load_pipeline the folder of its pipeline"
+        )
     for key, entry in weights.items():
         if key.endswith((".weight_scale_2", ".weight_scale_inv")):
             name = "nvfp4" if key.endswith("_2") else "blockwise fp8 (128 x 128)"
