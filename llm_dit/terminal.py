@@ -32,4 +32,6 @@ _OPTIONS: Final = {
 def as_typed(message: str) -> str:
     """An error of the library, its arguments named as they are typed on the command line."""
     message = re.sub(rf"\b({'|'.join(_OPTIONS)})\b", lambda found: _OPTIONS[found[0]], message)
-    return re.sub(r"\bquantization='([\w-]+)'", r"--quantization \1", message)
+    return re.sub(
+        r"\b(quantization|activation_scale)='([\w-]+)'", lambda found: f"--{found[1].replace('_', '-')} {found[2]}", message
+    )

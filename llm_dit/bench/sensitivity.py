@@ -86,6 +86,8 @@ class Sensitivity:
         require_metrics()
         self.options, self.method = options, get_method(options.method)
         check_name(options.by, GROUPINGS, "grouping")
+        if self.method.name == "none":
+            raise ValueError("'none' quantizes nothing whose harm could be measured: give another method, e.g. int4")
         self.pipe = load(options.source, torch_dtype=torch.bfloat16)
         layers = decide_layers(self.pipe.transformer, self.method, "transformer", "per-row")
         require_quantizable(layers, self.method, "transformer")

@@ -74,8 +74,8 @@ def _places(scene: Scene, generator: np.random.Generator) -> list[tuple[float, f
         return [(float(x), float(y), radius) for (x, y), radius in zip(centres, radii, strict=True)]
 
 
-def ground(generator: np.random.Generator) -> np.ndarray:
-    """[128, 128, 3] uint8, grey: one half plain, the others shaded, striped or checked."""
+def ground(generator: np.random.Generator, coarser: int = 1) -> np.ndarray:
+    """[128, 128, 3] uint8, grey: one half plain, the others shaded, or striped or checked `coarser` times as coarsely."""
     base, contrast = generator.uniform(70, 190), generator.uniform(8, 28)
     rows, columns = np.indices((SIDE, SIDE))
     kind = generator.integers(6)
@@ -85,9 +85,11 @@ def ground(generator: np.random.Generator) -> np.ndarray:
         angle = generator.uniform(0, 2 * np.pi)
         pattern = (np.cos(angle) * rows + np.sin(angle) * columns) / SIDE
     elif kind == 1:
-        pattern = np.sign(np.sin((rows if generator.random() < 0.5 else columns) * 2 * np.pi / generator.integers(8, 25)))
+        pattern = np.sign(
+            np.sin((rows if generator.random() < 0.5 else columns) * 2 * np.pi / (coarser * generator.integers(8, 25)))
+        )
     else:
-        width = int(generator.integers(6, 17))
+        width = coarser * int(generator.integers(6, 17))
         pattern = np.where((rows // width + columns // width) % 2, 1.0, -1.0)
     grey = np.clip(base + contrast * pattern, 0, 255).astype(np.uint8)
     return np.stack([grey] * 3, axis=-1)

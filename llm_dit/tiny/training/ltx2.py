@@ -43,7 +43,7 @@ class ClipCoding(Coding):
     """Clips [B, 3, 17, 128, 128] in -1..1, kept as [B, 17, 128, 128, 3] uint8; latents [B, 32, 3, 8, 8]."""
 
     name = "ltx-2 clips"
-    off = 0.3
+    off = 0.5
 
     def prepared(self, drawn: Tensor) -> Tensor:
         return to_float(drawn)
@@ -92,7 +92,7 @@ class Ltx2Course(Course):
     }
     text_length = models.TEXT_LENGTH
     template = "{}"
-    amounts = Amounts(vae_minutes=7.5, minutes=15, vae_batch=16, batch=256)
+    amounts = Amounts(vae_minutes=7, minutes=15.5, vae_batch=16, batch=256)
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 

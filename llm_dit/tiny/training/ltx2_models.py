@@ -26,7 +26,7 @@ SOUND_WIDTH: Final = SOUND_CHANNELS * MEL_BINS // 4
 TEXT_LENGTH: Final = 16
 _TEXT: Final = 64
 _TEXT_LAYERS: Final = 2
-_VIDEO: Final = 128
+_VIDEO: Final = 96
 _AUDIO: Final = 32
 """Widths; four pitches need no more."""
 _HEADS: Final = 4
@@ -99,7 +99,7 @@ def connectors() -> LTX2TextConnectors:
 
 
 def transformer() -> LTX2VideoTransformer3DModel:
-    """Three blocks, 128 wide for what is seen, with positions that a clip of 128 px and a second fills."""
+    """Five blocks, 96 wide for what is seen, with positions that a clip of 128 px and a second fills."""
     model = initialized(
         lambda: LTX2VideoTransformer3DModel(
             in_channels=CHANNELS,
@@ -117,7 +117,7 @@ def transformer() -> LTX2VideoTransformer3DModel:
             audio_attention_head_dim=_AUDIO // _HEADS,
             audio_cross_attention_dim=_AUDIO,
             audio_pos_embed_max_pos=1,
-            num_layers=3,
+            num_layers=5,
             caption_channels=_TEXT,
             rope_theta=_THETA,
             rope_type="split",

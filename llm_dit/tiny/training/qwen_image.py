@@ -42,7 +42,7 @@ class QwenImageCourse(PictureCourse):
     name = "qwen-image"
     call = {"height": 128, "width": 128, "num_inference_steps": 28, "true_cfg_scale": 3.0, "negative_prompt": ""}
     off = 0.5
-    amounts = Amounts(vae_minutes=5, minutes=19)
+    amounts = Amounts(vae_minutes=5, minutes=17.5)
     text_length = DROPPED + 18
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
