@@ -85,9 +85,8 @@ def ground(generator: np.random.Generator, coarser: int = 1) -> np.ndarray:
         angle = generator.uniform(0, 2 * np.pi)
         pattern = (np.cos(angle) * rows + np.sin(angle) * columns) / SIDE
     elif kind == 1:
-        pattern = np.sign(
-            np.sin((rows if generator.random() < 0.5 else columns) * 2 * np.pi / (coarser * generator.integers(8, 25)))
-        )
+        along, period = rows if generator.random() < 0.5 else columns, coarser * int(generator.integers(8, 25))
+        pattern = np.sign(np.sin(along * 2 * np.pi / period))
     else:
         width = coarser * int(generator.integers(6, 17))
         pattern = np.where((rows // width + columns // width) % 2, 1.0, -1.0)
