@@ -23,7 +23,7 @@ PITCHES: Final = {"circle": 400.0, "square": 800.0, "triangle": 1600.0, "cross":
 CLIP_RADII: Final = {"small": (18.0, 21.0), "large": (27.0, 30.0)}
 """Half the side of the square that a thing fills, in pixels: larger than in pictures, for a latent of LTX-2 covers twice as many
 pixels across. Of small crosses as large as those of pictures an autoencoder gave one of five back as something else; of those of
-15 to 18 pixels none, but a transformer in int4 drew one of two so that another was read, of captions that it had been trained on."""
+15 to 18 pixels none, but a transformer in int4 drew one of two so that another was read, of captions it had been trained on."""
 _COARSER: Final = 2
 """Than those of pictures: stripes and checks of a ground. A pattern finer than a latent takes more numbers than the thing."""
 _TRAVEL: Final = (28.0, 56.0)
