@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..names import COMPONENT_TYPES, GRANULARITIES, check_name
+from .detect import quantized_by
 from .filters import Layer, check_patterns, decide_layers
 from .methods import get_method
 from .sizes import tensor_bytes
@@ -52,12 +53,15 @@ def estimate_memory(
         method, component_type, granularity, skip_patterns: as in `quantize_component`.
 
     Raises:
-        ValueError: for wrong names, or fp8 or int4 for a vae.
+        ValueError: for wrong names, fp8 or int4 for a vae, or a model that is quantized already.
     """
     row = get_method(method)
     check_name(component_type, COMPONENT_TYPES, "component_type")
     check_name(granularity, GRANULARITIES, "granularity")
     check_patterns(skip_patterns, "skip_patterns")
+    source = quantized_by(model)
+    if source is not None:
+        raise ValueError(f"{type(model).__name__} is already quantized ({source}): estimate the model in 16 bits")
     layers = decide_layers(model, row, component_type, granularity, skip_patterns)
     quantized = {id(layer.weight): layer for layer in layers if layer.config is not None}
     sizes: dict[tuple[torch.Size, str], int] = {}

@@ -154,6 +154,12 @@ def test_raw_fp8_is_left_whole(dtype):
     assert stats["quantized_by"] == "raw float8"
 
 
+def test_what_is_quantized_already_is_not_estimated():
+    model, _ = quantize_component(nn.Sequential(nn.Linear(64, 64)), "int8", "transformer")
+    with pytest.raises(ValueError, match=r"Sequential is already quantized \(torchao\): estimate the model in 16 bits"):
+        estimate_memory(model, "int4", "transformer")
+
+
 def test_a_pipeline_is_no_component():
     with pytest.raises(TypeError, match=r"takes a model, such as pipe\.transformer, and not a dict"):
         quantize_component({}, "int8", "transformer")

@@ -43,7 +43,7 @@ class ClipCoding(Coding):
     """Clips [B, 3, 17, 128, 128] in -1..1, kept as [B, 17, 128, 128, 3] uint8; latents [B, 32, 3, 8, 8]."""
 
     name = "ltx-2 clips"
-    off = 0.5
+    off = 0.6
 
     def prepared(self, drawn: Tensor) -> Tensor:
         return to_float(drawn)
