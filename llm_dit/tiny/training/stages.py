@@ -15,8 +15,6 @@ from .loop import Budget, Run
 
 KL_WEIGHT: Final = 0.012
 """Of the divergence from the prior, all latents together, beside the absolute error in -1..1 of all pixels together."""
-SIGMA_LOGIT: Final = 1.0
-"""Mean of the logits of sigma, of deviation 1 (arXiv:2403.03206, 3.1): at 0.6 to 0.95 it is decided what lies where."""
 UNGUIDED: Final = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""
 
@@ -91,7 +89,7 @@ def train_denoiser(
         rows = torch.randint(len(clean), (batch,), device=device)
         data = clean[rows].float()
         caption = torch.where(torch.rand(batch, device=device) < UNGUIDED, len(known), which[rows])
-        sigma = torch.sigmoid(SIGMA_LOGIT + torch.randn(batch, device=device))
+        sigma = course.sigmas.draw(batch, device)
         weight = sigma.view(-1, *[1] * (data.ndim - 1))
         noise = torch.randn_like(data)
         found = course.velocity(pipe, (1 - weight) * data + weight * noise, sigma, ids[caption], mask[caption])
