@@ -61,8 +61,8 @@ def call(pipe, prompts, clean, **others):
 
 @torch.no_grad()
 def test_one_step_of_the_pipeline_follows_the_trained_velocity(pipe):
-    noisy, given, prompts = noise(2), 0.4, [CAPTION, ""]
-    sigma = 2 * given / (1 + given)  # the scheduler shifts by 2
+    noisy, given, prompts, shift = noise(2), 0.4, [CAPTION, ""], pipe.scheduler.config.shift
+    sigma = shift * given / (1 + (shift - 1) * given)
     tokens = COURSE.tokens(pipe.tokenizer, prompts)
     change = sigma * COURSE.velocity(pipe, noisy, torch.full((2,), sigma), tokens.ids, tokens.mask)
     found = normalized(pipe, call(pipe, prompts, noisy, sigmas=[given], output_type="latent"))
