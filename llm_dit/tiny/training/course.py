@@ -71,7 +71,7 @@ class Sigmas:
     """Which noise levels are trained on: their logits are normal (arXiv:2403.03206, 3.1).
 
     Where a trained model's error of the clean latents falls from all of their variance to little of it, it is decided what lies
-    where; what is seldom trained there draws things twice. In Z-Image and klein that is at sigmas of 0.98 to 0.85.
+    where: in Z-Image, klein and Qwen-Image at sigmas of 0.98 to 0.8, which have logits of 3.9 to 1.4.
     """
 
     mean: float = 1.0

@@ -95,7 +95,7 @@ class Ltx2Course(Course):
     text_length = models.TEXT_LENGTH
     template = "{}"
     amounts = Amounts(vae_minutes=7, minutes=15.5, vae_batch=16, batch=256)
-    sigmas = Sigmas(2.5, 1.5)  # a clip is decided at 0.99 to 0.9: of all its tokens the thing is told from much noise
+    sigmas = Sigmas(2.0, 1.3)  # about ln 6, as Qwen-Image; a clip is decided at 0.99 to 0.9
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 
