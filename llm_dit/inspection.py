@@ -61,10 +61,10 @@ def describe_file(header: Header) -> dict[str, Any]:
     kind = recognize({*header.tensors, *header.metadata})  # where torchao keeps the names of what it takes apart
     holds = kind.title if kind else _class_name(header.path.parent) or "nothing that llm_dit knows"
     described = {"holds": holds, **describe_header(header)}
-    saved = ", ".join(f"{len(names)} weights as {name}" for name, names in saved_classes(header).items())
-    if saved:
-        return {**described, "layout": f"torchao: {saved}", "loading": "load_pipeline(the folder of its pipeline)"}
     try:
+        saved = ", ".join(f"{len(names)} weights as {name}" for name, names in saved_classes(header).items())
+        if saved:
+            return {**described, "layout": f"torchao: {saved}", "loading": "load_pipeline(the folder of its pipeline)"}
         layout = read_layout(header)
     except ValueError as error:
         return {**described, "layout": "not supported", "loading": f"refused: {error}"}

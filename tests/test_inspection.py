@@ -65,6 +65,8 @@ def test_what_would_be_refused_is_told_and_not_raised(tmp_path):
     assert "int8" in found["loading"]
     save_file({"some.weight": torch.zeros(4, 4)}, tmp_path / "y.safetensors")
     assert "refused: it is no transformer" in inspect_path(tmp_path / "y.safetensors")["loading"]
+    save_file({"some.weight": torch.zeros(4, 4)}, tmp_path / "z.safetensors", metadata={"x.weight": "_tensor_data_names"})
+    assert "is not JSON" in inspect_path(tmp_path / "z.safetensors")["loading"]
 
 
 def test_it_reads_the_header_alone(tmp_path):
