@@ -20,13 +20,13 @@ DIRECTIONS: Final = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0
 """Where a thing moves, as (x, y) with y downwards."""
 PITCHES: Final = {"circle": 400.0, "square": 800.0, "triangle": 1600.0, "cross": 3200.0}
 """Of the tone, in Hz: whole periods in a hundredth of a second, so that every frame of a spectrogram sees the same wave."""
-CLIP_RADII: Final = {"small": (18.0, 21.0), "large": (27.0, 30.0)}
+CLIP_RADII: Final = {"small": (24.0, 27.0), "large": (34.0, 37.0)}
 """Half the side of the square that a thing fills, in pixels: larger than in pictures, for a latent of LTX-2 covers twice as many
 pixels across. Of small crosses as large as those of pictures an autoencoder gave one of five back as something else; of those of
-15 to 18 pixels none, but a transformer in int4 drew one of two so that another was read, of captions it had been trained on."""
+15 to 18 pixels none, but a transformer in int4 drew one of two so that another was read, and of those of 18 to 21 one of five."""
 _COARSER: Final = 2
 """Than those of pictures: stripes and checks of a ground. A pattern finer than a latent takes more numbers than the thing."""
-_TRAVEL: Final = (28.0, 56.0)
+_TRAVEL: Final = (24.0, 44.0)
 """From the first frame to the last, in pixels."""
 _BORDER: Final = 4.0
 _LOUDNESS: Final = (0.2, 0.8)

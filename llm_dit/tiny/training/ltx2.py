@@ -82,11 +82,11 @@ class Ltx2Course(Course):
         "num_frames": FRAMES,
         "frame_rate": float(FRAME_RATE),
         "num_inference_steps": 20,
-        "guidance_scale": 3.0,
+        "guidance_scale": 2.0,
         "stg_scale": 0.0,
         "modality_scale": 1.0,
         "guidance_rescale": 0.0,
-        "audio_guidance_scale": 3.0,
+        "audio_guidance_scale": 2.0,
         "audio_stg_scale": 0.0,
         "audio_modality_scale": 1.0,
         "audio_guidance_rescale": 0.0,
@@ -95,7 +95,7 @@ class Ltx2Course(Course):
     text_length = models.TEXT_LENGTH
     template = "{}"
     amounts = Amounts(vae_minutes=7, minutes=15.5, vae_batch=16, batch=256)
-    sigmas = Sigmas(2.0, 1.3)  # about ln 6, as Qwen-Image; a clip is decided at 0.99 to 0.9
+    sigmas = Sigmas(2.0, 1.3)  # about ln 6: as many of the schedule's steps lie above as below; a clip is decided at 0.99 to 0.9
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 
