@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import nn
@@ -64,19 +65,22 @@ def estimate_memory(
         raise ValueError(f"{type(model).__name__} is already quantized ({source}): estimate the model in 16 bits")
     layers = decide_layers(model, row, component_type, granularity, skip_patterns)
     quantized = {id(layer.weight): layer for layer in layers if layer.config is not None}
-    sizes: dict[tuple[torch.Size, str], int] = {}
     before = after = sum(map(tensor_bytes, model.buffers()))
     for parameter in model.parameters():
         size = parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
         before += size
-        after += _quantized_bytes(quantized[id(parameter)], dtype, sizes) if id(parameter) in quantized else size
+        after += _quantized_bytes(quantized[id(parameter)], dtype) if id(parameter) in quantized else size
     return MemoryEstimate(row.name, before, after, len(quantized), len(layers))
 
 
-def _quantized_bytes(layer: Layer, dtype: torch.dtype, sizes: dict[tuple[torch.Size, str], int]) -> int:
+_SIZES: Final[dict[tuple[torch.Size, torch.dtype, str], int]] = {}
+"""Bytes of quantized weights by shape, dtype and configuration: plans of one model ask again and again."""
+
+
+def _quantized_bytes(layer: Layer, dtype: torch.dtype) -> int:
     assert layer.config is not None
-    key = (layer.weight.shape, repr(layer.config))
-    if key not in sizes:
+    key = (layer.weight.shape, dtype, repr(layer.config))
+    if key not in _SIZES:
         weight = torch.empty(key[0], dtype=dtype, device="meta")
-        sizes[key] = tensor_bytes(quantize_weight(weight, layer.config))
-    return sizes[key]
+        _SIZES[key] = tensor_bytes(quantize_weight(weight, layer.config))
+    return _SIZES[key]
