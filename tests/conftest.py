@@ -7,8 +7,8 @@ import os
 import socket
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Two test processes have two cores between them; those that tests start ask for all of them otherwise.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two test processes share two cores; the processes that tests start inherit this, and would each take both.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -1,7 +1,6 @@
 """The command line and the scripts, run as a user runs them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +23,8 @@ def run(*arguments, script=None, code=0, fresh=False):
     """
     if script or fresh:
         command = [sys.executable, "-W", "ignore", *([str(ROOT / script)] if script else ["-m", "llm_dit.cli"])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         words = [*command, *map(str, arguments)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
         found, out, error = done.returncode, done.stdout, done.stderr
     else:
         found, out, error = typed(*arguments, cwd=ROOT)

@@ -25,7 +25,7 @@ TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--np
 
 def start(*arguments):
     command = [*TORCHRUN, "--master-port", free_port(), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     return done.returncode, done.stdout + done.stderr
 

@@ -110,7 +110,7 @@ def started(tiny, folder, *launcher):
     words = ["--prompts", "list.txt", "--model", tiny("z-image"), "--quantization", "int8", "--height", "64", "--width", "64"]
     words += ["--steps", "2", "--seed", "5", "--device", "cpu", "-o", "out"]
     command = [sys.executable, *launcher, str(ROOT / "pipelines/z_image.py"), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
