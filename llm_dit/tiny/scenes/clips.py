@@ -27,7 +27,7 @@ pixels across. Of small crosses as large as those of pictures an autoencoder gav
 _COARSER: Final = 2
 """Than those of pictures: stripes and checks of a ground. A pattern finer than a latent takes more numbers than the thing."""
 _TRAVEL: Final = (24.0, 44.0)
-"""From the first frame to the last, in pixels."""
+"""From the first frame to the last, in pixels; the largest thing on the longest path still fits between the borders."""
 _BORDER: Final = 4.0
 _LOUDNESS: Final = (0.2, 0.8)
 _MOVED: Final = 10.0

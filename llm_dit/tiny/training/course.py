@@ -35,10 +35,6 @@ WORDS = (
 """What the tokenizers are trained on: every word of a caption, and of the templates around it, becomes one token."""
 
 
-SHIFT: Final = 2.0
-"""Of the sigmas of the pipelines' schedulers: more of their steps are noisy ones."""
-
-
 _DEAD: Final = 0.2
 """Deviation of the mean of a latent channel that carries nothing: the KL term leaves it at its prior."""
 
@@ -148,6 +144,7 @@ class Course(ABC):
         template: a caption in "{}" and what the pipeline puts around it.
         amounts: what a run trains if nothing else is asked for.
         sigmas: the noise levels it is trained on.
+        shift: of the sigmas of the pipeline's scheduler: more of its steps are noisy ones.
         learners: the components that learn to denoise.
     """
 
@@ -158,6 +155,7 @@ class Course(ABC):
     template: ClassVar[str]
     amounts: ClassVar[Amounts] = Amounts()
     sigmas: ClassVar[Sigmas] = Sigmas()
+    shift: ClassVar[float] = 2.0
     learners: ClassVar[tuple[str, ...]] = ("text_encoder", "transformer")
 
     @abstractmethod

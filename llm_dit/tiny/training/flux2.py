@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from .course import SHIFT, Amounts, deviations, fix_norms, initialized, tokenizer
+from .course import Amounts, deviations, fix_norms, initialized, tokenizer
 from .pictures import PictureCourse
 from .z_image import AUTOENCODER, qwen3_config
 
@@ -61,7 +61,7 @@ class KleinCourse(PictureCourse):
         )
         fix_norms(transformer)
         return Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift),
             vae=initialized(lambda: AutoencoderKLFlux2(**AUTOENCODER), seed=1),
             text_encoder=initialized(lambda: AutoModelForCausalLM.from_config(qwen3_config(4)), seed=2),
             tokenizer=tokenizer(),

@@ -25,8 +25,6 @@ from .stages import clean_all, encode_all, train_autoencoder
 
 _GRID: Final = (3, 8, 8)
 """Latents of a clip: frames, rows, columns."""
-_SHIFT: Final = 6.0
-"""Of twenty steps eight start above 0.9; with 2, the shift of the others, four do."""
 _CLIP: Final = 3 * 8 * 8 * models.CHANNELS
 _CLIP_RATE: Final = 6e-4
 """A convolution sums over three frames what it sums over one in pictures, and takes smaller steps."""
@@ -95,13 +93,14 @@ class Ltx2Course(Course):
     text_length = models.TEXT_LENGTH
     template = "{}"
     amounts = Amounts(vae_minutes=7, minutes=15.5, vae_batch=16, batch=256)
+    shift = 6.0  # of twenty steps eight start above 0.9; with 2, as the others, four do
     sigmas = Sigmas(2.0, 1.3)  # about ln 6: as many of the schedule's steps lie above as below; a clip is decided at 0.99 to 0.9
     learners = ("text_encoder", "connectors", "transformer")
     seen, heard = ClipCoding(), SoundCoding()
 
     def build(self) -> DiffusionPipeline:
         return LTX2Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=_SHIFT),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift),
             vae=models.video_vae(),
             audio_vae=models.audio_vae(),
             text_encoder=models.text_encoder(),

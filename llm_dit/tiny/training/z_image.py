@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from torch import Tensor
 from transformers import AutoModel, Qwen3Config
 
-from .course import SHIFT, deviations, fix_norms, initialized, tokenizer
+from .course import deviations, fix_norms, initialized, tokenizer
 from .pictures import PictureCourse
 
 AUTOENCODER: dict[str, Any] = {
@@ -55,7 +55,7 @@ class ZImageCourse(PictureCourse):
         )
         fix_norms(transformer)
         return ZImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift),
             vae=initialized(lambda: AutoencoderKL(**AUTOENCODER, use_quant_conv=False, use_post_quant_conv=False), seed=1),
             text_encoder=initialized(lambda: AutoModel.from_config(qwen3_config(3)), seed=2),
             tokenizer=tokenizer(),
