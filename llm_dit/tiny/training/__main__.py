@@ -42,14 +42,14 @@ def train(
 ) -> None:
     """Trains a tiny model, and saves it as a pipeline in bfloat16; amounts left out are the model's own."""
     check_name(name, (*COURSES, *SUBJECTS), "model")
-    subject = SUBJECTS[name] if name in SUBJECTS else COURSES[name].subject
-    drawn = draw_all(folder / "scenes", scenes or subject.count, subject)
     if name in SUBJECTS:
+        draw_all(folder / "scenes", scenes or SUBJECTS[name].count, SUBJECTS[name])
         return
     course = COURSES[name]
-    asked = {"vae_minutes": vae_minutes, "minutes": minutes, "vae_batch": vae_batch, "batch": batch}
+    asked = {"vae_minutes": vae_minutes, "minutes": minutes, "vae_batch": vae_batch, "batch": batch, "scenes": scenes}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     amounts = dataclasses.replace(course.amounts, **given)
+    drawn = draw_all(folder / "scenes", amounts.scenes or course.subject.count, course.subject)
     plan = Plan(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), amounts, capture)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")

@@ -54,12 +54,14 @@ class Amounts:
     Attributes:
         vae_minutes: of the autoencoder.
         minutes: of transformer and text encoder.
+        scenes: how many are drawn; as many as of its subject if it is not said.
     """
 
     vae_minutes: float = 2
     minutes: float = 13
     vae_batch: int = 64
     batch: int = 512
+    scenes: int | None = None
 
 
 @dataclass(frozen=True)
