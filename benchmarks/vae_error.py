@@ -2,7 +2,7 @@
 
     python benchmarks/vae_error.py
 
-On the photographs and drawn scenes that the tests hold to 40 dB; beside it, as if every weight were rounded for itself.
+On the photographs and drawn scenes that the tests hold to 40 dB; beside it, with every weight rounded for itself.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def drawn_scenes() -> list[np.ndarray]:
 
 def round_alone(vae: nn.Module) -> None:
     for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             weight = module.weight.data
             scale = weight.flatten(1).abs().amax(1).clamp(min=1e-12).view(-1, *[1] * (weight.ndim - 1)) / 127
             module.weight.data = (weight / scale).round() * scale

@@ -1,6 +1,6 @@
 """The trained tiny models: they draw what captions say, and every method keeps to its gate.
 
-The whole measurement, 200 captions on a GPU, is committed as JSON; here a few captions are drawn again.
+The whole measurement, 200 captions, is committed as JSON; here a few captions are drawn again.
 """
 
 import json

@@ -28,7 +28,10 @@ SUBJECTS = {"scenes": PICTURES, "clips": CLIPS}
 
 def train(
     name: Annotated[
-        str, typer.Argument(help="z-image, flux2-klein, qwen-image or ltx-2; scenes or clips draws what they train on.")
+        str,
+        typer.Argument(
+            help="z-image, flux2-klein, qwen-image or ltx-2; scenes (as many as asked for) or clips draws them alone."
+        ),
     ],
     folder: Annotated[Path, typer.Option(help="Scenes and checkpoints; a run goes on from them.")],
     output: Annotated[Path | None, typer.Option(help="Where the pipeline goes; the folder.")] = None,

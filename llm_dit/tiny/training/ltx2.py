@@ -92,7 +92,7 @@ class Ltx2Course(Course):
     }
     text_length = models.TEXT_LENGTH
     template = "{}"
-    amounts = Amounts(vae_minutes=7, minutes=15.5, vae_batch=16, batch=256)
+    amounts = Amounts(vae_minutes=7.5, minutes=15.5, vae_batch=16, batch=256)
     shift = 6.0  # of twenty steps eight start above 0.9; with 2, as the others, four do
     sigmas = Sigmas(2.0, 1.3)  # about ln 6: as many of the schedule's steps lie above as below; a clip is decided at 0.99 to 0.9
     learners = ("text_encoder", "connectors", "transformer")

@@ -83,6 +83,7 @@ def test_one_scale_per_output_channel(name):
     assert len(quantized.weight.scale.unique()) == conv.out_channels
     assert quantized.weight.scale.dtype == torch.float32
     assert quantized.weight.qdata.dtype == torch.int8
+    assert quantized.weight.qdata.is_contiguous()
 
 
 def rounded_alone(weight):
@@ -105,19 +106,28 @@ def test_kernels_are_rounded_for_inputs_like_pictures(kernel, seed):
     assert error(quantized(uncorrelated), conv(uncorrelated)) < 1.35 * error(alone(uncorrelated), conv(uncorrelated))
 
 
-def test_kernels_of_sound_are_rounded_one_by_one():
-    conv = nn.Conv1d(6, 8, 7)
+@pytest.mark.parametrize("conv", [nn.Conv1d(6, 8, 7), nn.Conv2d(6, 8, 1), nn.ConvTranspose2d(8, 8, 4, groups=8)], ids=repr)
+def test_kernels_of_one_tap_of_one_dimension_or_transposed_are_rounded_one_by_one(conv):
     assert torch.equal(quantized_conv(conv).weight.dequantize(), rounded_alone(conv.weight))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_convolution_that_is_not_finite_is_refused(value):
+    conv = nn.Conv2d(3, 4, 3)
+    conv.weight.data[1, 2, 0, 0] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantized_conv(conv)
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 6), st.sampled_from([0.0, 1e-20, 1.0, 1e5]))
-def test_convolutions_stay_finite(out_channels, kernel, scale):
-    conv = nn.Conv1d(3, out_channels, kernel)
+@given(st.sampled_from([nn.Conv1d, nn.Conv2d]), st.integers(1, 9), st.integers(1, 6), st.sampled_from([0.0, 1e-20, 1.0, 1e5]))
+def test_convolutions_stay_finite(kind, out_channels, kernel, scale):
+    conv = kind(3, out_channels, kernel)
     with torch.no_grad():
         conv.weight.mul_(scale)
         conv.weight[0] = 0
-    assert torch.isfinite(quantized_conv(conv)(torch.randn(1, 3, 12))).all()
+    inputs = torch.randn(1, 3, *[12] * (conv.weight.ndim - 2))
+    assert torch.isfinite(quantized_conv(conv)(inputs)).all()
 
 
 def test_int4_packs_two_weights_a_byte_and_counts_its_scales():
