@@ -1,4 +1,4 @@
-"""Qwen-Image: the caption without its template's first 34 tokens, masked, before 64 tokens of 64 channels."""
+"""Qwen-Image: the caption without its template's first 34 tokens, masked, before 64 tokens of 32 channels."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ DROPPED = 34
 """Tokens of the template before the caption, which the pipeline leaves out (`prompt_template_encode_start_idx`)."""
 
 
-_CHANNELS: Final = 16
-"""Of the latents; a token has four. Through the noise of `off` a place tells at most 16 / 2 log2(1 + 1 / off^2) bits, 11.8.
-Of 8 channels through 0.5, 9.3 bits, all scenes were read right, but a small cross and a small circle lay 13 deviations apart, in
-Z-Image 24."""
+_CHANNELS: Final = 8
+"""Of the latents; a token has four. Of 16 all were used, and 64 numbers a token left 32 of a transformer 96 wide."""
 
 
 class QwenImageCourse(PictureCourse):
-    """Width 96, and MLPs of 384."""
+    """Width 64. Where two things lie, all tokens have to agree on, a round a block: of five blocks 96 wide 3 % of pictures show
+    a thing twice or two grown into one, of captions that were trained on as well."""
 
     name = "qwen-image"
     call = {"height": 128, "width": 128, "num_inference_steps": 28, "true_cfg_scale": 3.0, "negative_prompt": ""}
     shift = 4.0  # of 600 captions a trained model follows 97.7 %; with 2, as the others, 97.0 %
-    off = 0.75
-    amounts = Amounts(vae_minutes=5, minutes=18.5, scenes=262144)  # of 131,072 errors are 4 to 8 % below those on new ones
+    off = 0.5
+    amounts = Amounts(vae_minutes=5, minutes=18.5, scenes=262144)
     text_length = DROPPED + 18
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -62,11 +61,11 @@ class QwenImageCourse(PictureCourse):
                 lambda: QwenImageTransformer2DModel(
                     in_channels=4 * _CHANNELS,
                     out_channels=_CHANNELS,
-                    num_layers=5,
-                    num_attention_heads=3,
-                    attention_head_dim=32,
+                    num_layers=11,
+                    num_attention_heads=4,
+                    attention_head_dim=16,
                     joint_attention_dim=64,
-                    axes_dims_rope=(8, 12, 12),
+                    axes_dims_rope=(4, 6, 6),
                 ),
                 seed=3,
             ),
