@@ -43,12 +43,12 @@ def test_the_committed_measurement_holds_every_gate(name):
 @pytest.mark.parametrize("name", trained_names())
 def test_a_few_captions_again(name, tmp_path):
     source = str(trained(name))
-    captions = quality.captions_for(source, 4)
+    captions = quality.captions_for(source, 2 if name == "ltx-2" else 4)  # a clip takes as long as two pictures
     asked = quality.Options(source, ("int8", "int4"), captions, tmp_path, captions=True, floor="skip", batch=4)
     rows = by_method(quality.run(asked))
     assert rows["none"]["caption_score"] >= 0.75
     for method in ("int8", "int4"):
-        assert rows[method]["psnr"] >= LEAST_PSNR[method] - 3, method  # a median of four
+        assert rows[method]["psnr"] >= LEAST_PSNR[method] - 3, method  # a median of few
         assert rows[method]["caption_parts"] >= 0.9
 
 

@@ -7,7 +7,7 @@ subclass `nn.Conv3d` with forwards of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def round_together(steps: Tensor) -> Tensor:
     Returns:
         As `steps`, in -127..127, int8.
     """
-    carried = _carried(steps.shape[2:]).to(steps)
+    carried = _carried(tuple(steps.shape[2:])).to(steps)
     rounded = torch.empty(steps.shape, dtype=torch.int8, device=steps.device)
     for part in row_chunks(steps, steps.device):
         # A tap's values lie beside each other, for they are rounded at once.
@@ -97,11 +97,12 @@ def round_together(steps: Tensor) -> Tensor:
     return rounded
 
 
-def _carried(kernel: Sequence[int]) -> Tensor:
-    """[T, T] of T taps: what of a tap's error each later one takes off."""
-    correlation = torch.ones(1, 1, dtype=torch.float64)
+@functools.cache
+def _carried(kernel: tuple[int, ...]) -> Tensor:
+    """[T, T] of T taps: what of a tap's error each later one takes off; kept, and so not where a context would put it."""
+    correlation = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for size in kernel:
-        places = torch.arange(size)
+        places = torch.arange(size, device="cpu")
         correlation = torch.kron(correlation, _ALIKE ** (places[:, None] - places).abs().double())
     correlation = (_SHARED * correlation).fill_diagonal_(1)
     factor = torch.linalg.cholesky(torch.linalg.inv(correlation), upper=True)
