@@ -16,12 +16,15 @@ from llm_dit.bench.picture_metrics import psnr
 from llm_dit.quantization import quantize_vae
 from llm_dit.tiny import scenes
 from llm_dit.tiny.trained import trained, trained_names
+from llm_dit.tiny.training.data import to_bytes, to_float
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FOLLOWED = {"z-image": 0.97, "flux2-klein": 0.97, "qwen-image": 0.97, "ltx-2": 0.9}
 LEAST_PSNR = {"int8": 32, "fp8-dynamic": 26, "fp8-weight-only": 26, "int4": 20}
 SCORE_LOST = {"int8": 0.0, "int4": 0.02}
 LEAST_VAE_PSNR = 40
+AGAIN = {"z-image": 4, "flux2-klein": 4, "qwen-image": 4, "ltx-2": 2}
+"""Captions that are drawn again; a clip takes as long as two pictures."""
 
 
 def by_method(rows):
@@ -43,7 +46,7 @@ def test_the_committed_measurement_holds_every_gate(name):
 @pytest.mark.parametrize("name", trained_names())
 def test_a_few_captions_again(name, tmp_path):
     source = str(trained(name))
-    captions = quality.captions_for(source, 2 if name == "ltx-2" else 4)  # a clip takes as long as two pictures
+    captions = quality.captions_for(source, AGAIN[name])
     asked = quality.Options(source, ("int8", "int4"), captions, tmp_path, captions=True, floor="skip", batch=4)
     rows = by_method(quality.run(asked))
     assert rows["none"]["caption_score"] >= 0.75
@@ -85,7 +88,7 @@ def test_an_int8_vae_shows_what_the_vae_shows(name, kind):
     vae = pipe.vae
     if kind is drawn_clips and not pipe.family.generation.video:
         pytest.skip("makes pictures")
-    frames = [torch.from_numpy(one / 127.5 - 1).float().movedim(-1, 0)[None] for one in kind()]  # [1, 3, F, H, W]
+    frames = [to_float(torch.from_numpy(one[None])) for one in kind()]  # [1, 3, F, H, W]
     if not any(isinstance(module, torch.nn.Conv3d) for module in vae.modules()):
         frames = [one.squeeze(2) for one in frames]
     latents = [vae.encode(one).latent_dist.mean for one in frames]
@@ -93,8 +96,4 @@ def test_an_int8_vae_shows_what_the_vae_shows(name, kind):
     quantize_vae(vae, "int8")
     for latent, expected in zip(latents, wanted, strict=True):
         found = vae.decode(latent).sample
-        assert psnr(as_picture(expected), as_picture(found)) >= LEAST_VAE_PSNR
-
-
-def as_picture(tensor):
-    return ((tensor[0].clamp(-1, 1) + 1) * 127.5).round().byte().flatten(1).T.numpy()[:, None]
+        assert psnr(to_bytes(expected), to_bytes(found)) >= LEAST_VAE_PSNR
