@@ -47,7 +47,7 @@ def plan(
     budgets = [parse_bytes(text) for text in vram] if vram else [_memory(chosen)]
     plans = []
     for name in OFFLINE if model == ALL else (model,):
-        sizes = pipeline_sizes(name)
+        sizes = pipeline_sizes(name, "read")
         size = checked_size(sizes, _size(sizes, height, width, frames, batch, references))
         plans += [make_plan(name, budget, chosen, size) for budget in budgets]
     if table is not None:

@@ -130,8 +130,10 @@ class PipelineSizes:
 
 
 @cache
-def pipeline_sizes(source: str, encoder_layers: str = "read", **hub: Any) -> PipelineSizes:
+def pipeline_sizes(source: str, encoder_layers: str, /, **hub: Any) -> PipelineSizes:
     """The sizes of a pipeline; kept for the next call.
+
+    Neither a default nor a keyword: a cache takes the same call in other words for another.
 
     Args:
         source: a folder, a repository id, or an offline name, as in `estimate_pipeline`.

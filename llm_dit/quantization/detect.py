@@ -29,26 +29,21 @@ def quantized_by(model: nn.Module) -> str | None:
     Recognizes torchao tensor subclasses (ours included), raw float8 parameters, and the parameters or modules of
     bitsandbytes, quanto, SDNQ, GGUF and others by the package that defines them.
     """
-    for module in model.modules():
-        library = _foreign(type(module))
-        if library is not None:
-            return library
-    for tensor in model.parameters():
-        found = _quantized_tensor(tensor)
-        if found is not None:
-            return found
-    return None
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    tensors = dict.fromkeys((type(tensor), tensor.dtype) for tensor in model.parameters())
+    found = (*(_foreign(kind) for kind in kinds), *(_quantized_tensor(*tensor) for tensor in tensors))
+    return next((library for library in found if library is not None), None)
 
 
-def _quantized_tensor(tensor: Tensor) -> str | None:
-    if isinstance(tensor, TorchAOBaseTensor):
+def _quantized_tensor(kind: type[Tensor], dtype: torch.dtype) -> str | None:
+    if issubclass(kind, TorchAOBaseTensor):
         return "torchao"
-    if tensor.dtype in FP8_DTYPES:
+    if dtype in FP8_DTYPES:
         return "raw float8"
     # Older torchao tensors (NF4Tensor) are no TorchAOBaseTensor.
-    if type(tensor).__module__.startswith("torchao."):
+    if kind.__module__.startswith("torchao."):
         return "torchao"
-    return _foreign(type(tensor))
+    return _foreign(kind)
 
 
 def _foreign(kind: type) -> str | None:

@@ -64,7 +64,7 @@ def test_cards(text):
     ),
 )
 def test_sizes(name, change, tiny):
-    sizes = pipeline_sizes(str(tiny(name)))
+    sizes = pipeline_sizes(str(tiny(name)), "read")
     try:
         size = checked_size(sizes, replace(default_size(sizes), **change))
     except ValueError as error:

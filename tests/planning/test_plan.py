@@ -95,7 +95,7 @@ def test_fp8_at_half_rate_is_said():
 
 
 def test_fragile_blocks_stay_in_bf16_where_there_is_room():
-    sizes = pipeline_sizes("ltx-2.3")
+    sizes = pipeline_sizes("ltx-2.3", "read")
     assert sizes.skip == tuple(f"transformer_blocks.{index}" for index in (0, 1, 46, 47))
     transformer = sizes.components["transformer"]
     assert transformer.bytes_for("int8", True) > transformer.bytes_for("int8", False)
@@ -126,7 +126,7 @@ def test_shortened_models_have_two_blocks():
 
 
 def test_activations_grow_with_what_is_asked():
-    sizes = pipeline_sizes("klein-4b")
+    sizes = pipeline_sizes("klein-4b", "read")
     of = lambda **size: sizes.activations("transformer", "denoise", Size(**size), "none")  # noqa: E731
     small = of(height=512, width=512)
     assert small < of(height=1024, width=512) < of(height=1024, width=1024)
@@ -135,7 +135,7 @@ def test_activations_grow_with_what_is_asked():
 
 
 def test_tiles_take_less():
-    sizes = pipeline_sizes(MODEL)
+    sizes = pipeline_sizes(MODEL, "read")
     size = Size(2048, 2048)
     taken = [sizes.activations("vae", "decode", size, cut=cut) for cut in sizes.cuts(size)]
     assert sizes.cuts(size)[0] == WHOLE
