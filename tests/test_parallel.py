@@ -58,7 +58,8 @@ def test_two_processes_give_what_one_gives(case, ulysses):
         assert REFUSED[case] in found["refused"]
         return
     assert found["error"] < 0.02
-    assert found["part"] == [-(-tokens // 2) for tokens in found["whole"]]
+    if not CASES[case][1].get("compile"):  # a hook would break the graph
+        assert found["part"] == [-(-tokens // 2) for tokens in found["whole"]]
 
 
 @pytest.fixture(scope="module")
