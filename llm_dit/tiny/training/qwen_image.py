@@ -42,7 +42,7 @@ class QwenImageCourse(PictureCourse):
     call = {"height": 128, "width": 128, "num_inference_steps": 28, "true_cfg_scale": 3.0, "negative_prompt": ""}
     shift = 4.0  # of 600 captions a trained model follows 97.7 %; with 2, as the others, 97.0 %
     off = 0.5
-    amounts = Amounts(vae_minutes=5, minutes=23.5, scenes=262144)
+    amounts = Amounts(vae_minutes=5, minutes=32.5, scenes=262144)
     text_length = DROPPED + 18
     template = (
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
