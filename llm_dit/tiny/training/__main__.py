@@ -53,7 +53,8 @@ def train(
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     amounts = dataclasses.replace(course.amounts, **given)
     drawn = draw_all(folder / "scenes", amounts.scenes or course.subject.count, course.subject)
-    plan = Plan(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), amounts, capture)
+    checkpoint = folder / f"{name}.safetensors"
+    plan = Plan(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), amounts, capture, checkpoint)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     pipe: Any = course.build()
@@ -67,7 +68,7 @@ def train(
             if type(module).__name__.endswith("DecoderLayer"):
                 module.compile()
     budget = Budget(amounts.minutes, 3e-3, capture)
-    train_denoiser(course, pipe, clean, drawn.captions, budget, folder / f"{name}.safetensors", amounts.batch)
+    train_denoiser(course, pipe, clean, drawn.captions, budget, checkpoint, amounts.batch)
     save(course, pipe, output or folder)
 
 

@@ -82,16 +82,17 @@ class Sigmas:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: where its checkpoints are, on what it runs, and how much it trains."""
+    """A run: where its checkpoints are, the denoiser's among them, on what it runs, and how much it trains."""
 
     folder: Path
     device: torch.device
     amounts: Amounts
     captured: bool
+    denoiser: Path | None = None
 
     def autoencoder_budget(self, rate: float = 1.5e-3, share: float = 1.0) -> Budget:
         """Of a model that takes `share` of the autoencoder's minutes."""
-        return Budget(share * self.amounts.vae_minutes, rate, captured=self.captured)
+        return Budget(share * self.amounts.vae_minutes, rate, captured=self.captured, before=self.denoiser)
 
 
 class Coding(ABC):

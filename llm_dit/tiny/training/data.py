@@ -79,21 +79,30 @@ def draw_all(folder: Path, count: int, subject: Subject) -> Drawn:
     )
     if not captions.is_file():
         partial = {name: folder / f".{name}-{count}-{os.getpid()}.npy" for name in files}
-        for name, (shape, kind) in subject.arrays.items():
-            np.lib.format.open_memmap(partial[name], mode="w+", dtype=kind, shape=(count, *shape))
-        draw = functools.partial(_draw, subject, list(partial.values()))
-        chunks = range(-(-count // subject.chunk))
-        # A process that has used a GPU cannot be forked; one that has not need not import torch again in every worker.
-        with get_context("spawn" if torch.cuda.is_initialized() else "fork").Pool() as pool:
-            bar = tqdm(pool.imap(draw, chunks), f"Drawing {', '.join(files)}", len(chunks), unit="chunk")
-            found = [text for texts in bar for text in texts]
-        for name, file in files.items():
-            partial[name].replace(file)
+        try:
+            found = _draw_chunks(partial, count, subject)
+            for name, file in files.items():
+                partial[name].replace(file)
+        finally:
+            for file in partial.values():
+                file.unlink(missing_ok=True)
         written = captions.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(found), encoding="utf-8")
         written.replace(captions)
     mapped = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
     return Drawn(mapped, json.loads(captions.read_text(encoding="utf-8")))
+
+
+def _draw_chunks(files: Mapping[str, Path], count: int, subject: Subject) -> list[str]:
+    """Draws all scenes into new files; returns the captions."""
+    for name, (shape, kind) in subject.arrays.items():
+        np.lib.format.open_memmap(files[name], mode="w+", dtype=kind, shape=(count, *shape))
+    draw = functools.partial(_draw, subject, list(files.values()))
+    chunks = range(-(-count // subject.chunk))
+    # A process that has used a GPU cannot be forked; one that has not need not import torch again in every worker.
+    with get_context("spawn" if torch.cuda.is_initialized() else "fork").Pool() as pool:
+        bar = tqdm(pool.imap(draw, chunks), f"Drawing {', '.join(files)}", len(chunks), unit="chunk")
+        return [text for texts in bar for text in texts]
 
 
 def _draw(subject: Subject, files: list[Path], chunk: int) -> list[str]:

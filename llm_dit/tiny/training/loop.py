@@ -33,11 +33,13 @@ class Budget:
         rate: the highest learning rate of AdamW.
         captured: on a GPU, one step is captured in a CUDA graph and replayed: it is a thousand small kernels. The loss must
             then neither wait for the GPU nor copy from the host.
+        before: the checkpoint of a later stage, which learns what this one makes: where it is, this one may not learn more.
     """
 
     minutes: float
     rate: float
     captured: bool = True
+    before: Path | None = None
 
 
 class Run:
@@ -73,23 +75,36 @@ class Run:
         return adamw
 
     def train(self, loss_of: Callable[[], Tensor], title: str) -> None:
-        """Calls `loss_of` and follows its gradient until the time is up."""
+        """Calls `loss_of` and follows its gradient until the time is up; interrupted, it keeps what it has.
+
+        Raises:
+            ValueError: if a later stage has learned what this one makes, and there is time left to change that.
+        """
         end = self.budget.minutes * 60
+        if self.seconds < end and self.budget.before is not None and self.budget.before.is_file():
+            raise ValueError(
+                f"{self.budget.before} was trained on what {self.checkpoint} makes after {self.seconds / 60:.2g} minutes, "
+                f"and not after {self.budget.minutes:.2g}: ask for no more, give another folder, or remove it"
+            )
         step = self._captured(loss_of) if self.budget.captured and self.device.type == "cuda" else lambda: self._step(loss_of)
         saved = time.perf_counter()  # compiling is not training
         started = saved - self.seconds
-        with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
-            while self.seconds < end:
-                self.rate.fill_(self.budget.rate * self._scheduled(self.seconds / end))
-                loss = step()
-                self.steps += 1
-                if self.steps % 50 == 0:
-                    bar.set_postfix(steps=self.steps, loss=f"{loss.item():.4f}")  # waits, so that the clock is right
-                    bar.update(min(round(self.seconds), round(end)) - bar.n)
-                self.seconds = time.perf_counter() - started
-                if time.perf_counter() - saved > _EVERY_S:
-                    self._save()
-                    saved = time.perf_counter()
+        try:
+            with tqdm(total=round(end), initial=round(self.seconds), desc=title, unit="s") as bar:
+                while self.seconds < end:
+                    self.rate.fill_(self.budget.rate * self._scheduled(self.seconds / end))
+                    loss = step()
+                    self.steps += 1
+                    if self.steps % 50 == 0:
+                        bar.set_postfix(steps=self.steps, loss=f"{loss.item():.4f}")  # waits, so that the clock is right
+                        bar.update(min(round(self.seconds), round(end)) - bar.n)
+                    self.seconds = time.perf_counter() - started
+                    if time.perf_counter() - saved > _EVERY_S:
+                        self._save()
+                        saved = time.perf_counter()
+        except KeyboardInterrupt:
+            self._save()
+            raise
         self._save()
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.averaged)
