@@ -184,8 +184,9 @@ def quality(
 ) -> None:
     """The same prompts and seeds under each method: PSNR, SSIM, FLIP, latents, noisiest layers, caption score."""
     from .bench import quality as bench
-    from .bench.quality_report import contact_sheet, table, write_report
+    from .bench.quality_report import check_sheet, contact_sheet, table, write_report
 
+    check_sheet(sheet)
     asked = _asked(source, captions, prompts)
     options = bench.Options(
         source,
@@ -256,6 +257,11 @@ def sensitivity(
     asked = _asked(source, captions, prompts)
     trial = bench.Sensitivity(bench.Options(source, method, asked, by, _call(height, width, steps), output, batch))
     rows = sorted(trial.rows(), key=lambda row: -row["harm_per_mib"])
+    if not as_json:  # before it is known whether any mix holds what is asked for
+        print_plain("| group | layers | saves | error | PSNR dB | harm per MiB |\n|---|---|---|---|---|---|")
+        for row in rows:
+            cells = (row["group"], row["layers"], format_bytes(row["bytes_saved"]), f"{row['error']:.4f}", f"{row['psnr']:.1f}")
+            print_plain(f"| {' | '.join(map(str, cells))} | {row['harm_per_mib']:.3g} |")
     uniform, mix = trial.uniform, trial.best(rows, at_least)
     section = bench.toml_of(trial.pipe.family.name, trial.method.name, mix)
     if toml:
@@ -263,10 +269,6 @@ def sensitivity(
     if as_json:
         print_plain(json.dumps({"groups": rows, "uniform": asdict(uniform), "mix": asdict(mix)}, indent=2))
         return
-    print_plain("| group | layers | saves | error | PSNR dB | harm per MiB |\n|---|---|---|---|---|---|")
-    for row in rows:
-        cells = (row["group"], row["layers"], format_bytes(row["bytes_saved"]), f"{row['error']:.4f}", f"{row['psnr']:.1f}")
-        print_plain(f"| {' | '.join(map(str, cells))} | {row['harm_per_mib']:.3g} |")
     for title, one in (("all groups", uniform), (f"{len(mix.skip)} groups left alone", mix)):
         print_plain(f"{title}: {one.psnr:.1f} dB, transformer {format_bytes(one.bytes)}")
     print_plain(section)
@@ -283,6 +285,7 @@ def int4_grids(
     from .bench import int4_grids as bench
     from .bench.sensitivity import Options, Sensitivity
 
+    bench.require_pictures(source)
     rows = list(bench.compare(Sensitivity(Options(source, "int4", _asked(source, captions, None), batch=batch))))
     if output:
         write_text(output, json.dumps(rows, indent=2) + "\n")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..load import pipeline_class_of
 from ..quantization.torchao_tensors.int4 import fitted_range, group_size_for, searched_range
 from ..tiny import scenes
 from .results import Row
@@ -76,6 +77,12 @@ GRIDS: Final = (
     Grid(8, "fitted"),
     Grid(128, "fitted", rank=4),
 )
+
+
+def require_pictures(source: str) -> None:
+    """Raises ValueError for a pipeline that makes clips, whose captions are scored otherwise."""
+    if pipeline_class_of(source).family.generation.video:
+        raise ValueError(f"{source!r} makes clips, and grids are compared on pictures: give a pipeline that makes pictures")
 
 
 def compare(trial: Sensitivity, grids: Sequence[Grid] = GRIDS) -> Iterator[Row]:

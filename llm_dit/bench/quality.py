@@ -12,6 +12,7 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Final
@@ -30,14 +31,16 @@ from ..quantization.hardware import require_support
 from ..tiny import scenes
 from ..writing import read_json_file, write_text
 from .layer_noise import layer_noise
-from .picture_metrics import METRICS, require_metrics
-from .pictures import batches, load, make
+from .picture_metrics import metrics, require_metrics
+from .pictures import batches, fingerprint, load, make
 from .results import Row
 
 REFERENCE: Final = "none"
 FLOORS: Final = ("float32", "compile", "skip")
 WORST: Final = 5
 """Layers that are named."""
+_HELD_OUT: Final = 939
+"""Scenes of two things that are held out."""
 _SOUND: Final = "sound"
 """Beside the latents of a clip, in their file."""
 
@@ -66,6 +69,11 @@ class Options:
     floor: str = "float32"
     batch: int = 1
 
+    @cached_property
+    def model(self) -> str:
+        """What tells the source from others, and from what it was before it was changed."""
+        return fingerprint(self.source)
+
 
 def captions_for(source: str, count: int) -> tuple[str, ...]:
     """So many captions for the pipeline of a folder or repository: of clips if it makes clips, else of scenes."""
@@ -87,7 +95,13 @@ _CLIPS: Final = {
 
 
 def scene_captions(count: int) -> tuple[str, ...]:
-    """Captions of scenes that no model of ours was trained on, always the same."""
+    """Captions of scenes that no model of ours was trained on, always the same.
+
+    Raises:
+        ValueError: for more than there are.
+    """
+    if count > _HELD_OUT:
+        raise ValueError(f"there are {_HELD_OUT} captions that no model was trained on, and not {count}: ask for fewer")
     generator = np.random.default_rng(0)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -108,7 +122,9 @@ def run(options: Options) -> Iterator[Row]:
     asked = [get_method(method) for method in options.methods]
     for row in asked:
         require_support(row)  # now, and not after the pictures of those before it
-    methods = [row.name for row in asked if row.name != REFERENCE]
+    methods = list(dict.fromkeys(row.name for row in asked if row.name != REFERENCE))
+    if options.folder.exists() and not options.folder.is_dir():
+        raise ValueError(f"{str(options.folder)!r} is a file, and pictures are to be kept there: give another --folder")
     options.folder.mkdir(parents=True, exist_ok=True)
     _check_same_question(options)
     yield _measured(options, REFERENCE)
@@ -120,10 +136,20 @@ def run(options: Options) -> Iterator[Row]:
 
 def _check_same_question(options: Options) -> None:
     """Raises ValueError if the folder holds the pictures of another question."""
-    asked = {"source": options.source, "prompts": list(options.prompts), "call": {k: repr(v) for k, v in options.call.items()}}
+    asked = {
+        "model": options.model,
+        "prompts": list(options.prompts),
+        "captions": options.captions,
+        "call": {name: repr(value) for name, value in options.call.items()},
+    }
     place = options.folder / "question.json"
-    before = read_json_file(place) if place.is_file() else asked
-    said = {"source": "another model", "prompts": "other prompts", "call": "other sizes or steps"}
+    before = read_json_file(place) if place.is_file() and any(options.folder.glob("*/*.safetensors")) else asked
+    said = {
+        "model": "another model, or of this one before it was changed",
+        "prompts": "other prompts",
+        "captions": "the same prompts asked for otherwise (--captions, --prompts)",
+        "call": "other sizes or steps",
+    }
     other = [words for name, words in said.items() if before.get(name) != asked[name]]
     if other:
         raise ValueError(f"{str(options.folder)!r} holds pictures of {' and '.join(other)}: give another --folder, or remove it")
@@ -137,7 +163,8 @@ def _measured(options: Options, method: str) -> Row:
         return json.loads(done.read_text(encoding="utf-8"))
     folder.mkdir(exist_ok=True)
     facts = _generate_all(options, method, folder)
-    row = {"source": options.source, "method": method, "prompts": len(options.prompts), **facts, **_compared(options, method)}
+    asked = {"source": options.source, "model": options.model, "method": method, "prompts": len(options.prompts)}
+    row = {**asked, **facts, **_compared(options, method)}
     write_text(done, json.dumps(row, indent=2) + "\n")
     return row
 
@@ -187,7 +214,9 @@ def _generate(pipe: Any, options: Options, prompts: Mapping[int, str], folder: P
         if made.sound is not None:
             kept[_SOUND] = made.sound.contiguous()
             facts["sampling_rate"] = str(pipe.vocoder.config.output_sampling_rate)
-        save_file(kept, _latents(folder, seed), facts)
+        beside = folder / f"{seed:04}.part"
+        save_file(kept, beside, facts)
+        beside.replace(_latents(folder, seed))
 
 
 def _latents(folder: Path, seed: int) -> Path:
@@ -209,7 +238,7 @@ def _compared(options: Options, method: str) -> Row:
         return row
     numbers = range(len(options.prompts))
     pairs = [pair for i in numbers for pair in zip(_read_pictures(reference, i), _read_pictures(folder, i), strict=True)]
-    for name, metric in METRICS.items():
+    for name, metric in metrics().items():
         row[name] = statistics.median(metric(*pair) for pair in pairs)
     errors = [_step_errors(_latents(reference, i), _latents(folder, i)) for i in numbers]
     row["latent_error"] = [statistics.median(step) for step in zip(*errors, strict=True)]

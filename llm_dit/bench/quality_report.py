@@ -22,6 +22,7 @@ COLUMNS: Final[Mapping[str, tuple[str, str]]] = {
     "psnr": ("PSNR dB", ".1f"),
     "ssim": ("SSIM", ".4f"),
     "flip": ("FLIP", ".4f"),
+    "lpips": ("LPIPS", ".4f"),
 }
 """By the key of a row, its title and format."""
 _SHOWN: Final = 8
@@ -30,10 +31,12 @@ _LABEL: Final = 200
 """Width of the labels in pixels."""
 _HEADER: Final = 64
 """Height of the prompts in pixels."""
+_LABEL_HEIGHT: Final = 128
+"""Their height, and so the least of a row."""
 _LETTER: Final = 6
 """Width of a letter of Pillow's font in pixels."""
-_LEAST: Final = 128
-"""Side of a picture on the sheet, at least."""
+_WIDTHS: Final = (128, 256)
+"""Of a picture on the sheet, at least and at most: text has one size, and the pictures themselves lie in the folder."""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -58,21 +61,30 @@ def _cells(row: Row, keys: Sequence[str]) -> list[str]:
     return [row["method"], format_bytes(row["bytes"]), *values, f"{row['latent_error'][-1]:.4f}" if "latent_error" in row else ""]
 
 
+def check_sheet(path: Path | None) -> None:
+    """Raises ValueError for a sheet whose name tells no format of pictures."""
+    if path is not None and path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path.name!r} tells no format of pictures: give a sheet a name that ends with .png")
+
+
 def contact_sheet(rows: Sequence[Row], folder: Path, prompts: Sequence[str]) -> Image.Image:
     """A row of pictures per method, with what was measured beside it, under their prompts."""
     shown = range(min(_SHOWN, len(prompts)))
     found = {row["method"]: [_first_picture(folder / row["method"], seed) for seed in shown] for row in rows}
-    side = max([_LEAST, *(picture.width for picture in next(iter(found.values()))[:1])])
-    sheet = Image.new("RGB", (_LABEL + side * len(shown), _HEADER + side * len(rows)), "white")
+    first = next(iter(found.values()))[0]
+    width = min(max(first.width, _WIDTHS[0]), _WIDTHS[1])
+    height = max(round(width * first.height / first.width), _LABEL_HEIGHT)
+    sheet = Image.new("RGB", (_LABEL + width * len(shown), _HEADER + height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for column in shown:
-        lines = textwrap.wrap(prompts[column], side // _LETTER, max_lines=4, placeholder=" ...")
-        pen.multiline_text((_LABEL + column * side + 4, 4), "\n".join(lines), fill="black")
+        lines = textwrap.wrap(prompts[column], width // _LETTER, max_lines=4, placeholder=" ...")
+        pen.multiline_text((_LABEL + column * width + 4, 4), "\n".join(lines), fill="black")
     for place, row in enumerate(rows):
-        top = _HEADER + place * side
+        top = _HEADER + place * height
         pen.multiline_text((8, top + 8), "\n".join(_told(row)), fill="black", spacing=3)
         for column, picture in enumerate(found[row["method"]]):
-            sheet.paste(picture.resize((side, side)), (_LABEL + column * side, top))
+            tile = picture.resize((width, round(width * picture.height / picture.width)))
+            sheet.paste(tile, (_LABEL + column * width, top))
     return sheet
 
 

@@ -31,7 +31,7 @@ from ..quantization.sizes import tensor_bytes
 from ..quantization.torchao_tensors.stream import quantize_weight
 from ..writing import write_text
 from .picture_metrics import psnr, require_metrics
-from .pictures import batches, load, make
+from .pictures import batches, fingerprint, load, make
 from .results import Row, read_rows
 
 GROUPINGS: Final = ("kind", "block")
@@ -99,13 +99,15 @@ class Sensitivity:
 
     def rows(self) -> Iterator[Row]:
         """A row for every group, as it is measured; those that `output` holds are not measured again."""
-        known = {row["group"]: row for row in read_rows(self.options.output) if row.get("question") == self._question}
+        kept = read_rows(self.options.output)
+        known = {row["group"]: row for row in kept if row.get("question") == self._question}
+        others = [row for row in kept if row.get("question") != self._question]
         rows = []
         for group, layers in tqdm(self.groups.items(), desc="Groups", delay=2, leave=False):
             row = known.get(group) or self._row(group, layers)
             rows.append(row)
             if self.options.output:
-                write_text(self.options.output, json.dumps(rows, indent=2) + "\n")
+                write_text(self.options.output, json.dumps(others + rows, indent=2) + "\n")
             yield row
 
     def _row(self, group: str, layers: Sequence[Layer]) -> Row:
@@ -124,11 +126,11 @@ class Sensitivity:
             "harm_per_mib": error**2 / (saved / 2**20),
         }
 
-    @property
+    @cached_property
     def _question(self) -> str:
         """What a row answers: rows of another model, method, grouping, call or other prompts are measured anew."""
         options = self.options
-        asked = (options.source, self.method.name, options.by, options.prompts, sorted((options.call or {}).items()))
+        asked = (fingerprint(options.source), self.method.name, options.by, options.prompts, sorted((options.call or {}).items()))
         return blake2b(repr(asked).encode(), digest_size=8).hexdigest()
 
     @cached_property

@@ -62,3 +62,8 @@ def test_of_a_pipeline(tiny):
     again, _ = trial.generate()
     assert all(torch.equal(one, other) for one, other in zip(again, trial.reference[0], strict=True))
     assert int4_grids.table(rows).count("\n") == 3
+
+
+def test_clips_are_refused_before_any_is_made(tiny):
+    with pytest.raises(ValueError, match="makes clips, and grids are compared on pictures"):
+        int4_grids.require_pictures(str(tiny("ltx2.3")))

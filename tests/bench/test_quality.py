@@ -1,6 +1,9 @@
 """`bench quality` on tiny pipelines: what it measures is ordered as the methods are, and an interrupted run goes on."""
 
 import json
+import shutil
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llm_dit import load_pipeline
-from llm_dit.bench import quality
+from llm_dit.bench import picture_metrics, quality
 from llm_dit.bench.layer_noise import layer_noise, signal_to_noise
 from llm_dit.bench.picture_metrics import MOST_DB, flip, psnr, ssim
+from llm_dit.bench.quality_report import contact_sheet
 from llm_dit.cli import app
 from llm_dit.quantization import hardware
 from llm_dit.tiny import get, scenes
@@ -97,6 +101,58 @@ def test_another_question_is_refused(tiny, tmp_path):
     list(quality.run(options(tiny, tmp_path, methods=(), floor="skip")))
     with pytest.raises(ValueError, match="holds pictures of other sizes or steps: give another --folder"):
         list(quality.run(options(tiny, tmp_path, methods=(), floor="skip", call={**SIZE, "height": 128})))
+    with pytest.raises(ValueError, match=r"holds pictures of the same prompts asked for otherwise \(--captions, --prompts\)"):
+        list(quality.run(options(tiny, tmp_path, methods=(), floor="skip", captions=False)))
+
+
+def test_a_model_that_was_changed_is_another_model(tiny, tmp_path):
+    """And one that was moved is the same."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny("z-image"), source)
+    asked = options(tiny, tmp_path / "kept", methods=(), floor="skip")
+    rows = list(quality.run(asked))
+    assert list(quality.run(replace(asked, source=f"{source}/"))) == rows
+    weights = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="holds pictures of another model, or of this one before it was changed"):
+        list(quality.run(replace(asked, source=str(source))))
+
+
+def test_a_folder_without_pictures_takes_any_question(tiny, tmp_path):
+    with pytest.raises(ValueError, match="divisible by"):
+        list(quality.run(options(tiny, tmp_path, methods=(), floor="skip", call={**SIZE, "height": 17})))
+    assert list(quality.run(options(tiny, tmp_path, methods=(), floor="skip")))
+
+
+def test_all_captions_that_are_held_out():
+    things = [scenes.Thing(*each) for each in product(scenes.SIZES, scenes.COLOURS, scenes.SHAPES)]
+    pairs = [scenes.Scene((one, other), way) for one, other, way in product(things, things, scenes.RELATIONS)]
+    assert sum(map(scenes.held_out, pairs)) == quality._HELD_OUT
+    with pytest.raises(ValueError, match="there are 939 captions that no model was trained on, and not 940: ask for fewer"):
+        quality.scene_captions(940)
+
+
+def test_a_wide_picture_keeps_its_shape_on_the_sheet(tmp_path):
+    (tmp_path / "none").mkdir()
+    Image.new("RGB", (1024, 512), "red").save(tmp_path / "none" / "0000-0.png")
+    sheet = contact_sheet([{"method": "none", "bytes": 1}], tmp_path, ["a red field"])
+    red = np.argwhere((np.asarray(sheet) == (255, 0, 0)).all(-1))
+    assert tuple(red.max(0) - red.min(0) + 1) == (128, 256)
+
+
+def test_lpips_where_its_weights_are(tmp_path, monkeypatch):
+    """AlexNet with random weights in place of the published ones: they are what cannot be had here."""
+    pytest.importorskip("lpips")
+    torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "lpips" not in picture_metrics.metrics()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "checkpoints" / picture_metrics._ALEXNET)
+    measure = picture_metrics.metrics()["lpips"]
+    generator = np.random.default_rng(0)
+    grey = np.full((64, 64, 3), 100, np.uint8)
+    near, far = (np.clip(grey + generator.normal(0, noise, grey.shape), 0, 255).astype(np.uint8) for noise in (5, 60))
+    assert 0 == measure(grey, grey) < measure(grey, near) < measure(grey, far)
 
 
 def test_a_method_that_the_card_lacks_is_refused_before_a_picture_is_made(tiny, tmp_path, monkeypatch):
@@ -165,6 +221,8 @@ def test_the_command(tiny, tmp_path):
         (["--prompts", "nowhere.txt"], "there is no file"),
         (["--captions", "2", "--methods", "int9"], "int9"),
         (["--captions", "2", "--floor", "bf8"], "unknown floor"),
+        (["--captions", "2", "--sheet", "sheet.foo"], "tells no format of pictures"),
+        (["--captions", "2", "--folder", __file__], "is a file, and pictures are to be kept there"),
     ],
 )
 def test_what_is_asked_wrongly(arguments, message, tiny, tmp_path):

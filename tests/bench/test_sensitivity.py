@@ -71,6 +71,7 @@ def test_it_goes_on_from_the_rows_of_the_same_question_alone(trial, rows, tmp_pa
     found = list(trial.rows())
     assert found[1:] == marked[1:]
     assert found[0] == rows[0]
+    assert [row["question"] == "another" for row in json.loads(place.read_text())] == [True, *[False] * len(rows)]
 
 
 def test_what_it_writes_loads_as_it_was_measured(trial, rows, tiny, tmp_path):
@@ -91,6 +92,10 @@ def test_the_command_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "all groups: " in result.output
     assert "[z_image]" in (tmp_path / "config.toml").read_text()
+
+    result = CliRunner().invoke(app, [*command, "--psnr", "99"])
+    assert "cannot hold 99 dB" in str(result.exception)
+    assert "| layers.0 |" in result.output  # what was measured is shown all the same
 
     def again(*args):
         raise AssertionError("measured again")

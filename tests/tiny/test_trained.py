@@ -13,6 +13,7 @@ import torch
 from llm_dit import load_pipeline
 from llm_dit.bench import quality
 from llm_dit.bench.picture_metrics import psnr
+from llm_dit.bench.pictures import fingerprint
 from llm_dit.quantization import quantize_vae
 from llm_dit.tiny import scenes
 from llm_dit.tiny.trained import trained, trained_names
@@ -35,6 +36,7 @@ def by_method(rows):
 def test_the_committed_measurement_holds_every_gate(name):
     rows = by_method(json.loads((RESULTS / f"quality-{name}.json").read_text()))
     assert all(row["prompts"] == 200 for row in rows.values())
+    assert all(row["model"] == fingerprint(str(trained(name))) for row in rows.values()), "measured on other weights"
     assert rows["none"]["caption_score"] >= FOLLOWED[name]
     # Of 200 captions one or two hang on rounding: the score to keep is the lower of bf16's and of the same weights in float32.
     kept = min(rows["none"]["caption_score"], rows["float32"]["caption_score"])
