@@ -17,11 +17,18 @@ def check_place(path: Path | None) -> Path | None:
     return path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that an interrupted run leaves the file before."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its name at the end, so that an interrupted run leaves the file before."""
     beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
+    yield beside
     beside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a `new_file`."""
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager

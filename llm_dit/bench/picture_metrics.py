@@ -57,7 +57,7 @@ def has_lpips() -> bool:
 def lpips(reference: np.ndarray, picture: np.ndarray) -> float:
     """Distance of AlexNet's features, 0 if they are equal (Zhang et al., 2018)."""
     with torch.inference_mode():
-        left, right = (torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in (reference, picture))
+        left, right = (torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in (reference, picture))
         return float(_lpips_network()(left, right))
 
 

@@ -29,7 +29,7 @@ from ..names import check_name
 from ..quantization import METHODS, get_method
 from ..quantization.hardware import require_support
 from ..tiny import scenes
-from ..writing import read_json_file, write_text
+from ..writing import new_file, read_json_file, write_text
 from .layer_noise import layer_noise
 from .picture_metrics import metrics, require_metrics
 from .pictures import batches, fingerprint, load, make
@@ -214,9 +214,8 @@ def _generate(pipe: Any, options: Options, prompts: Mapping[int, str], folder: P
         if made.sound is not None:
             kept[_SOUND] = made.sound.contiguous()
             facts["sampling_rate"] = str(pipe.vocoder.config.output_sampling_rate)
-        beside = folder / f"{seed:04}.part"
-        save_file(kept, beside, facts)
-        beside.replace(_latents(folder, seed))
+        with new_file(_latents(folder, seed)) as beside:
+            save_file(kept, beside, facts)
 
 
 def _latents(folder: Path, seed: int) -> Path:

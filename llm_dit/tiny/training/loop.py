@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...writing import new_file
+
 _WARM_UP = 200
 """Steps over which the learning rate rises."""
 _DECAY = 0.5
@@ -148,9 +150,8 @@ class Run:
 
     def _save(self) -> None:
         tensors = {f"{kind}.{i}": tensor.detach() for kind, each in self.kept().items() for i, tensor in enumerate(each)}
-        written = self.checkpoint.with_suffix(".partial")
-        save_file(tensors, written, {"progress": json.dumps({"steps": self.steps, "seconds": self.seconds})})
-        written.replace(self.checkpoint)
+        with new_file(self.checkpoint) as beside:
+            save_file(tensors, beside, {"progress": json.dumps({"steps": self.steps, "seconds": self.seconds})})
 
     def kept(self) -> dict[str, list[Tensor]]:
         """What a checkpoint holds: weights, their average, and the moments of the gradients."""
